@@ -1,0 +1,58 @@
+"""Reading λ out of a model."""
+from contextlib import contextmanager
+from typing import Dict, Iterator
+
+import torch
+from timm.utils import unwrap_model
+from torch import Tensor, nn
+
+from .merge import MixingWeights
+
+__all__ = ['record_mixing_weights']
+
+
+@contextmanager
+def record_mixing_weights(model: nn.Module) -> Iterator[Dict[str, Tensor]]:
+    """Collect the mixing weights λ of every merge during the forward passes made inside the `with` block.
+
+    Works on the model itself, a DDP wrapper, an EMA copy or a compiled model (which runs eagerly inside the block).
+    Outside the block nothing is computed or kept.
+
+    Example::
+
+        with record_mixing_weights(model) as lambdas:
+            model(images)
+        lambdas['layer1.0.merge']  # (batch, 2): the weight of F(x) and that of x, they sum to 1
+
+    Args:
+        model: A model with merges.
+
+    Yields:
+        A dict, filled by each forward pass anew: name of the merge -> (batch, paths), in order of execution.
+
+    Raises:
+        ValueError: The model has no merge; TorchScript and exported programs have lost theirs.
+    """
+    mixes = {
+        name.rpartition('.')[0]: module
+        for name, module in unwrap_model(model).named_modules()
+        if isinstance(module, MixingWeights)
+    }
+    if not mixes:
+        raise ValueError(
+            f'{type(model).__name__} has no AWM merge to read mixing weights from: '
+            'create an awm_* model, not scripted, not exported, and without awm=False.')
+    lambdas: Dict[str, Tensor] = {}
+
+    def keep(name: str):
+        def hook(module: MixingWeights, args, scales: Tensor) -> None:
+            lambdas[name] = scales / module.num_paths
+        return hook
+
+    handles = [mix.register_forward_hook(keep(name)) for name, mix in mixes.items()]
+    try:
+        with torch.compiler.set_stance('force_eager'):  # compiled code would not call the hooks
+            yield lambdas
+    finally:
+        for handle in handles:
+            handle.remove()

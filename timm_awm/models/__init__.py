@@ -1,0 +1,3 @@
+from . import awm_densenet, awm_resnet
+from .awm_densenet import *
+from .awm_resnet import *

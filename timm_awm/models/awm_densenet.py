@@ -1,0 +1,288 @@
+"""DenseNets with active weighted mapping
+
+timm's own DenseNets with an AWM merge in place of every plain concatenation of two or more maps: before each dense
+layer but the first of its block, and at each block's end. The merges weigh the raw maps: the block's input is one,
+every layer's output is one (the paper's Fig. 8).
+
+Papers:
+* `Residual Convolutional Neural Network Revisited with Active Weighted Mapping` - Jung et al., 2018
+* `Densely Connected Convolutional Networks` - https://arxiv.org/abs/1608.06993
+"""
+from typing import Any, Dict, List
+
+import torch
+import torch.nn.functional as F
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import (
+    DenseNet,
+    build_model_with_cfg,
+    checkpoint,
+    generate_default_cfgs,
+    register_model,
+)
+from timm.models.densenet import DenseBlock, DenseLayer
+from torch import Tensor, nn
+
+from ..layers import ConcatMerge, descriptor
+from ._awm import CIFAR10_CFG, AwmModel, checkpoint_filter_fn
+
+__all__ = ['AwmDenseLayer', 'AwmDenseBlock', 'AwmDenseNet', 'CifarDenseNet', 'AwmCifarDenseNet', 'insert_concat_merges']
+
+
+class AwmDenseLayer(DenseLayer):
+    """timm's DenseLayer with a merge, none if it has a single input; made from one by `insert_concat_merges`."""
+
+    def bottleneck(self, maps: List[Tensor], descriptors: List[Tensor]) -> Tensor:
+        x = maps[0] if self.merge is None else self.merge(maps, descriptors)
+        return self.conv1(self.norm1(x))
+
+    def checkpointed_bottleneck(self, maps: List[Tensor], descriptors: List[Tensor]) -> Tensor:
+        num_maps = len(maps)  # now: the block appends to its lists before this is computed again
+
+        def closure(*tensors: Tensor) -> Tensor:
+            return self.bottleneck(list(tensors[:num_maps]), list(tensors[num_maps:]))
+
+        return checkpoint(closure, *maps, *descriptors)
+
+    def forward(self, maps: List[Tensor], descriptors: List[Tensor]) -> Tensor:
+        """
+        Args:
+            maps: The block's input and the outputs of its earlier layers, (batch, channels[i], height, width).
+            descriptors: The maps' descriptors, (batch, channels[i]).
+
+        Returns:
+            The layer's own map, (batch, growth_rate, height, width).
+        """
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            x = self.checkpointed_bottleneck(maps, descriptors)
+        else:
+            x = self.bottleneck(maps, descriptors)
+        x = self.conv2(self.norm2(x))
+        if self.drop_rate > 0:
+            x = F.dropout(x, p=self.drop_rate, training=self.training)
+        return x
+
+
+class AwmDenseBlock(DenseBlock):
+    """timm's DenseBlock with merges, one as its last child; made from one by `insert_concat_merges`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """
+        Args:
+            x: (batch, channels, height, width).
+
+        Returns:
+            The merged maps, (batch, channels + layers * growth_rate, height, width).
+        """
+        maps: List[Tensor] = []
+        descriptors: List[Tensor] = []
+        for layer in self.values():  # the layers, then the merge
+            maps.append(x)
+            descriptors.append(descriptor(x))
+            x = layer(maps, descriptors)
+        return x
+
+
+def insert_concat_merges(model: nn.Module, hidden_features: int = 24) -> None:
+    """Give every dense block of timm's its merges, in place, at the identity start.
+
+    The blocks and layers change class and keep all else: parameters and their names, hooks, mode.
+    """
+    for block in [m for m in model.modules() if type(m) is DenseBlock]:
+        layers = list(block.values())
+        weight = layers[0].conv1.weight
+
+        def merge(channels: List[int]) -> ConcatMerge:
+            return ConcatMerge(channels, hidden_features, device=weight.device, dtype=weight.dtype).train(block.training)
+
+        block.__class__ = AwmDenseBlock
+        channels = [layers[0].conv1.in_channels]
+        for layer in layers:
+            layer.__class__ = AwmDenseLayer
+            layer.add_module('merge', merge(channels) if len(channels) > 1 else None)
+            channels.append(layer.conv2.out_channels)
+        block.add_module('merge', merge(channels))
+
+
+class AwmDenseNet(AwmModel, DenseNet):
+    """timm's DenseNet with AWM merges.
+
+    Args:
+        awm_hidden: Width e of the merges' hidden layers.
+        **kwargs: As for `timm.models.DenseNet`.
+    """
+
+    def __init__(self, *args, awm_hidden: int = 24, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        insert_concat_merges(self, awm_hidden)
+        self.total_stride = self.feature_info[-1]['reduction']
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
+        return _with_merges(super().group_matcher(coarse))
+
+
+class CifarDenseNet(DenseNet):
+    """timm's DenseNet for 32x32 images: a 3x3 stem without norm and pooling, dense blocks at strides 1, 2, 4.
+
+    Args:
+        **kwargs: As for `timm.models.DenseNet`, but those of the stem.
+    """
+
+    def __init__(self, *args, in_chans: int = 3, device=None, dtype=None, **kwargs) -> None:
+        # timm's stem is made for large images: build with it, four times too coarse, then correct
+        super().__init__(*args, in_chans=in_chans, device=device, dtype=dtype, **kwargs)
+        conv0 = self.features.conv0
+        self.features.conv0 = nn.Conv2d(
+            in_chans, conv0.out_channels, 3, padding=1, bias=False, device=device, dtype=dtype)
+        nn.init.kaiming_normal_(self.features.conv0.weight)
+        self.features.norm0 = nn.Identity()
+        self.features.pool0 = nn.Identity()
+        self.feature_info[0]['reduction'] = 1
+        for info in self.feature_info[1:]:
+            info['reduction'] //= 4
+
+
+class AwmCifarDenseNet(AwmModel, CifarDenseNet):
+    """CifarDenseNet with AWM merges.
+
+    Args:
+        awm_hidden: Width e of the merges' hidden layers.
+        **kwargs: As for `CifarDenseNet`.
+    """
+
+    def __init__(self, *args, awm_hidden: int = 24, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        insert_concat_merges(self, awm_hidden)
+        self.total_stride = self.feature_info[-1]['reduction']
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
+        return _with_merges(super().group_matcher(coarse))
+
+
+def _with_merges(matcher: Dict[str, Any]) -> Dict[str, Any]:
+    """Puts the merge at a dense block's end into the group of the block's last layer, as timm does its transition."""
+    if isinstance(matcher['blocks'], list):
+        (_, _), (_, same_as_previous) = matcher['blocks']
+        matcher['blocks'].append((r'^features\.denseblock(\d+)\.merge', same_as_previous))
+    return matcher
+
+
+def _create_awm_densenet(variant: str, pretrained: bool = False, awm: bool = True, **kwargs) -> DenseNet:
+    """
+    Args:
+        variant: Name of the model.
+        pretrained: Load pretrained weights.
+        awm: False builds the plain control, of timm's own classes.
+        **kwargs: As for `AwmDenseNet`.
+    """
+    return build_model_with_cfg(
+        AwmDenseNet if awm else DenseNet,
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn if awm else None,
+        feature_cfg=dict(flatten_sequential=True),
+        **kwargs,
+    )
+
+
+def _create_awm_densenet_cifar(
+        variant: str,
+        layers_per_block: int,
+        pretrained: bool = False,
+        awm: bool = True,
+        **kwargs,
+) -> CifarDenseNet:
+    """As `_create_awm_densenet`, for growth 12 and three blocks of bottleneck layers."""
+    model_args = dict(growth_rate=12, block_config=(layers_per_block,) * 3)
+    return build_model_with_cfg(
+        AwmCifarDenseNet if awm else CifarDenseNet,
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn if awm else None,
+        feature_cfg=dict(flatten_sequential=True, out_indices=(0, 1, 2, 3)),
+        **dict(model_args, **kwargs),
+    )
+
+
+def _cfg(**kwargs) -> Dict[str, Any]:
+    return {
+        'num_classes': 1000, 'input_size': (3, 224, 224), 'pool_size': (7, 7),
+        'crop_pct': 0.875, 'interpolation': 'bicubic',
+        'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD,
+        'first_conv': 'features.conv0', 'classifier': 'classifier', 'license': 'apache-2.0',
+        **kwargs,
+    }
+
+
+default_cfgs = generate_default_cfgs({
+    'awm_densenet121.untrained': _cfg(),
+    'awm_densenet161.untrained': _cfg(),
+    'awm_densenet169.untrained': _cfg(),
+    'awm_densenet201.untrained': _cfg(),
+    'awm_densenet22_cifar.untrained': _cfg(**CIFAR10_CFG),
+    'awm_densenet28_cifar.untrained': _cfg(**CIFAR10_CFG),
+    'awm_densenet34_cifar.untrained': _cfg(**CIFAR10_CFG),
+    'awm_densenet40_cifar.untrained': _cfg(**CIFAR10_CFG),
+})
+
+
+@register_model
+def awm_densenet121(pretrained: bool = False, **kwargs) -> DenseNet:
+    """DenseNet-121 with AWM merges.
+    """
+    model_args = dict(growth_rate=32, block_config=(6, 12, 24, 16))
+    return _create_awm_densenet('awm_densenet121', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def awm_densenet161(pretrained: bool = False, **kwargs) -> DenseNet:
+    """DenseNet-161 with AWM merges.
+    """
+    model_args = dict(growth_rate=48, block_config=(6, 12, 36, 24))
+    return _create_awm_densenet('awm_densenet161', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def awm_densenet169(pretrained: bool = False, **kwargs) -> DenseNet:
+    """DenseNet-169 with AWM merges.
+    """
+    model_args = dict(growth_rate=32, block_config=(6, 12, 32, 32))
+    return _create_awm_densenet('awm_densenet169', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def awm_densenet201(pretrained: bool = False, **kwargs) -> DenseNet:
+    """DenseNet-201 with AWM merges.
+    """
+    model_args = dict(growth_rate=32, block_config=(6, 12, 48, 32))
+    return _create_awm_densenet('awm_densenet201', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def awm_densenet22_cifar(pretrained: bool = False, **kwargs) -> CifarDenseNet:
+    """DenseNet-22 for 32x32 images with AWM merges, 3 bottleneck layers in each block.
+    """
+    return _create_awm_densenet_cifar('awm_densenet22_cifar', 3, pretrained, **kwargs)
+
+
+@register_model
+def awm_densenet28_cifar(pretrained: bool = False, **kwargs) -> CifarDenseNet:
+    """DenseNet-28 for 32x32 images with AWM merges, 4 bottleneck layers in each block.
+    """
+    return _create_awm_densenet_cifar('awm_densenet28_cifar', 4, pretrained, **kwargs)
+
+
+@register_model
+def awm_densenet34_cifar(pretrained: bool = False, **kwargs) -> CifarDenseNet:
+    """DenseNet-34 for 32x32 images with AWM merges, 5 bottleneck layers in each block.
+    """
+    return _create_awm_densenet_cifar('awm_densenet34_cifar', 5, pretrained, **kwargs)
+
+
+@register_model
+def awm_densenet40_cifar(pretrained: bool = False, **kwargs) -> CifarDenseNet:
+    """DenseNet-40 for 32x32 images with AWM merges, 6 bottleneck layers in each block.
+    """
+    return _create_awm_densenet_cifar('awm_densenet40_cifar', 6, pretrained, **kwargs)

@@ -1,0 +1,510 @@
+"""ResNets with active weighted mapping
+
+timm's own ResNets with an AWM merge in place of every block's plain sum, for ImageNet and, in their CIFAR form
+(6n + 2 layers of 16, 32 and 64 channels), for 32x32 images.
+
+Papers:
+* `Residual Convolutional Neural Network Revisited with Active Weighted Mapping` - Jung et al., 2018
+* `Deep Residual Learning for Image Recognition` - https://arxiv.org/abs/1512.03385
+* `Bag of Tricks for Image Classification with Convolutional Neural Networks` - https://arxiv.org/abs/1812.01187
+* `Aggregated Residual Transformations for Deep Neural Networks` - https://arxiv.org/abs/1611.05431
+* `Wide Residual Networks` - https://arxiv.org/abs/1605.07146
+"""
+from typing import Any, Dict, List, Optional, Tuple, Union
+
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import (
+    BasicBlock,
+    Bottleneck,
+    ResNet,
+    build_model_with_cfg,
+    generate_default_cfgs,
+    register_model,
+)
+from torch import Tensor, nn
+
+from ..layers import SumMerge
+from ._awm import CIFAR10_CFG, AwmModel, checkpoint_filter_fn
+
+__all__ = ['AwmBasicBlock', 'AwmBottleneck', 'AwmResNet', 'CifarResNet', 'AwmCifarResNet', 'insert_sum_merges']
+
+
+class AwmBasicBlock(BasicBlock):
+    """timm's BasicBlock with a merge; made from one by `insert_sum_merges`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = x
+
+        x = self.conv1(x)
+        x = self.bn1(x)
+        x = self.drop_block(x)
+        x = self.act1(x)
+        x = self.aa(x)
+
+        x = self.conv2(x)
+        x = self.bn2(x)
+
+        if self.se is not None:
+            x = self.se(x)
+
+        if self.drop_path is not None:
+            x = self.drop_path(x)
+
+        if self.downsample is not None:
+            shortcut = self.downsample(shortcut)
+        x = self.merge(x, shortcut)
+        x = self.act2(x)
+
+        return x
+
+
+class AwmBottleneck(Bottleneck):
+    """timm's Bottleneck with a merge; made from one by `insert_sum_merges`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = x
+
+        x = self.conv1(x)
+        x = self.bn1(x)
+        x = self.act1(x)
+
+        x = self.conv2(x)
+        x = self.bn2(x)
+        x = self.drop_block(x)
+        x = self.act2(x)
+        x = self.aa(x)
+
+        x = self.conv3(x)
+        x = self.bn3(x)
+
+        if self.se is not None:
+            x = self.se(x)
+
+        if self.drop_path is not None:
+            x = self.drop_path(x)
+
+        if self.downsample is not None:
+            shortcut = self.downsample(shortcut)
+        x = self.merge(x, shortcut)
+        x = self.act3(x)
+
+        return x
+
+
+def insert_sum_merges(model: nn.Module, hidden_features: int = 16) -> None:
+    """Give every BasicBlock and Bottleneck of timm's a merge, in place, at the identity start.
+
+    The blocks change class and keep all else: parameters and their names, hooks, mode. So the network is initialised
+    before its merges are, and draws the same random numbers as the plain one.
+    """
+    for block in list(model.modules()):
+        if type(block) is BasicBlock:
+            last_conv = block.conv2
+            block.__class__ = AwmBasicBlock
+        elif type(block) is Bottleneck:
+            last_conv = block.conv3
+            block.__class__ = AwmBottleneck
+        else:
+            continue
+        weight = last_conv.weight
+        block.merge = SumMerge(last_conv.out_channels, hidden_features, device=weight.device, dtype=weight.dtype)
+        block.merge.train(block.training)
+
+
+class AwmResNet(AwmModel, ResNet):
+    """timm's ResNet with AWM merges.
+
+    Args:
+        awm_hidden: Width e of the merges' hidden layer.
+        **kwargs: As for `timm.models.ResNet`.
+    """
+
+    def __init__(self, *args, awm_hidden: int = 16, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        insert_sum_merges(self, awm_hidden)
+        self.total_stride = self.feature_info[-1]['reduction']
+
+
+class CifarResNet(ResNet):
+    """The ResNet of 6n + 2 layers for 32x32 images, of timm's blocks: a 3x3 stem and three stages of strides 1, 2, 4.
+
+    Args:
+        output_stride: 4, or 2 for a dilated last stage.
+        **kwargs: As for `timm.models.ResNet`, but those of the stem.
+    """
+
+    def __init__(self, *args, in_chans: int = 3, output_stride: int = 4, device=None, dtype=None, **kwargs) -> None:
+        if output_stride not in (2, 4):
+            raise ValueError(f'A CIFAR ResNet has an output stride of 2 or 4, not {output_stride}.')
+        # timm's stem and strides are made for large images: build with those, four times too coarse, then correct
+        super().__init__(
+            *args,
+            in_chans=in_chans,
+            output_stride=4 * output_stride,
+            channels=(16, 32, 64),
+            stem_type='deep',
+            stem_width=8,
+            device=device,
+            dtype=dtype,
+            **kwargs,
+        )
+        self.conv1 = nn.Conv2d(in_chans, 16, 3, padding=1, bias=False, device=device, dtype=dtype)
+        self.maxpool = nn.Identity()
+        self.layer4 = nn.Sequential()  # forward_features names it
+        self.feature_info[0]['reduction'] = 1
+        for info in self.feature_info[1:]:
+            info['reduction'] //= 4
+
+    def init_weights(self, zero_init_last: bool = False) -> None:
+        """PyTorch's own initialisation, as in the authors' code (`reference.md`)."""
+        if zero_init_last:
+            for block in self.modules():
+                if isinstance(block, (BasicBlock, Bottleneck)):
+                    block.zero_init_last()
+
+    def forward_intermediates(
+            self,
+            x: Tensor,
+            indices: Optional[Union[int, List[int]]] = None,
+            norm: bool = False,
+            stop_early: bool = False,
+            output_fmt: str = 'NCHW',
+            intermediates_only: bool = False,
+    ) -> Union[List[Tensor], Tuple[Tensor, List[Tensor]]]:
+        """As `timm.models.ResNet.forward_intermediates`, for the stem and three stages."""
+        return super().forward_intermediates(
+            x,
+            indices=self._taps(indices),
+            norm=norm,
+            stop_early=stop_early,
+            output_fmt=output_fmt,
+            intermediates_only=intermediates_only,
+        )
+
+    def prune_intermediate_layers(
+            self,
+            indices: Union[int, List[int]] = 1,
+            prune_norm: bool = False,
+            prune_head: bool = True,
+    ) -> List[int]:
+        """As `timm.models.ResNet.prune_intermediate_layers`, for the stem and three stages."""
+        taps = self._taps(indices)
+        last = max(taps)
+        for i in range(last + 1, 4):
+            setattr(self, f'layer{i}', nn.Sequential())
+        self.num_features = self.head_hidden_size = self.feature_info[last]['num_chs']
+        if prune_head or last < 3:
+            self.reset_classifier(0, '')
+        return taps
+
+    @staticmethod
+    def _taps(indices: Optional[Union[int, List[int]]]) -> List[int]:
+        """The features meant by `indices` (the last n if int, all if None), of the stem (0) and three stages."""
+        if indices is None:
+            indices = 4
+        taps = list(range(4 - indices, 4)) if isinstance(indices, int) else [i + 4 if i < 0 else i for i in indices]
+        assert taps and all(0 <= i < 4 for i in taps), f'feature indices {indices} are out of range, there are 4'
+        return taps
+
+
+class AwmCifarResNet(AwmModel, CifarResNet):
+    """CifarResNet with AWM merges.
+
+    Args:
+        awm_hidden: Width e of the merges' hidden layer.
+        **kwargs: As for `CifarResNet`.
+    """
+
+    def __init__(self, *args, awm_hidden: int = 16, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        insert_sum_merges(self, awm_hidden)
+        self.total_stride = self.feature_info[-1]['reduction']
+
+
+def _create_awm_resnet(variant: str, pretrained: bool = False, awm: bool = True, **kwargs) -> ResNet:
+    """
+    Args:
+        variant: Name of the model.
+        pretrained: Load pretrained weights.
+        awm: False builds the plain control, of timm's own classes.
+        **kwargs: As for `AwmResNet`.
+    """
+    kwargs.setdefault('zero_init_last', False)  # a zero F has no descriptor to weigh it by; alike in the control
+    return build_model_with_cfg(
+        AwmResNet if awm else ResNet,
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn if awm else None,
+        **kwargs,
+    )
+
+
+def _create_awm_resnet_cifar(
+        variant: str,
+        blocks_per_stage: int,
+        pretrained: bool = False,
+        awm: bool = True,
+        **kwargs,
+) -> CifarResNet:
+    """As `_create_awm_resnet`, for 6n + 2 layers with n blocks per stage."""
+    return build_model_with_cfg(
+        AwmCifarResNet if awm else CifarResNet,
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn if awm else None,
+        feature_cfg=dict(out_indices=(0, 1, 2, 3)),
+        **dict(dict(block=BasicBlock, layers=(blocks_per_stage,) * 3, zero_init_last=False), **kwargs),
+    )
+
+
+def _cfg(**kwargs) -> Dict[str, Any]:
+    return {
+        'num_classes': 1000, 'input_size': (3, 224, 224), 'pool_size': (7, 7),
+        'crop_pct': 0.875, 'interpolation': 'bicubic',
+        'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD,
+        'first_conv': 'conv1', 'classifier': 'fc', 'license': 'apache-2.0',
+        **kwargs,
+    }
+
+
+default_cfgs = generate_default_cfgs({
+    'awm_resnet18.untrained': _cfg(),
+    'awm_resnet18d.untrained': _cfg(first_conv='conv1.0'),
+    'awm_resnet26.untrained': _cfg(),
+    'awm_resnet26d.untrained': _cfg(first_conv='conv1.0'),
+    'awm_resnet34.untrained': _cfg(),
+    'awm_resnet34d.untrained': _cfg(first_conv='conv1.0'),
+    'awm_resnet50.untrained': _cfg(),
+    'awm_resnet50d.untrained': _cfg(first_conv='conv1.0'),
+    'awm_resnet101.untrained': _cfg(),
+    'awm_resnet101d.untrained': _cfg(first_conv='conv1.0'),
+    'awm_resnet152.untrained': _cfg(),
+    'awm_resnet152d.untrained': _cfg(first_conv='conv1.0'),
+    'awm_resnext50_32x4d.untrained': _cfg(),
+    'awm_resnext50d_32x4d.untrained': _cfg(first_conv='conv1.0'),
+    'awm_resnext101_32x4d.untrained': _cfg(),
+    'awm_resnext101_32x8d.untrained': _cfg(),
+    'awm_resnext101_32x16d.untrained': _cfg(),
+    'awm_resnext101_32x32d.untrained': _cfg(),
+    'awm_resnext101_64x4d.untrained': _cfg(),
+    'awm_wide_resnet50_2.untrained': _cfg(),
+    'awm_wide_resnet101_2.untrained': _cfg(),
+    'awm_resnet14_cifar.untrained': _cfg(**CIFAR10_CFG),
+    'awm_resnet20_cifar.untrained': _cfg(**CIFAR10_CFG),
+    'awm_resnet32_cifar.untrained': _cfg(**CIFAR10_CFG),
+    'awm_resnet44_cifar.untrained': _cfg(**CIFAR10_CFG),
+    'awm_resnet56_cifar.untrained': _cfg(**CIFAR10_CFG),
+    'awm_resnet110_cifar.untrained': _cfg(**CIFAR10_CFG),
+})
+
+
+@register_model
+def awm_resnet18(pretrained: bool = False, **kwargs) -> ResNet:
+    """ResNet-18 with AWM merges.
+    """
+    model_args = dict(block=BasicBlock, layers=(2, 2, 2, 2))
+    return _create_awm_resnet('awm_resnet18', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def awm_resnet18d(pretrained: bool = False, **kwargs) -> ResNet:
+    """ResNet-18-D with AWM merges.
+    """
+    model_args = dict(block=BasicBlock, layers=(2, 2, 2, 2), stem_width=32, stem_type='deep', avg_down=True)
+    return _create_awm_resnet('awm_resnet18d', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def awm_resnet26(pretrained: bool = False, **kwargs) -> ResNet:
+    """ResNet-26 with AWM merges.
+    """
+    model_args = dict(block=Bottleneck, layers=(2, 2, 2, 2))
+    return _create_awm_resnet('awm_resnet26', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def awm_resnet26d(pretrained: bool = False, **kwargs) -> ResNet:
+    """ResNet-26-D with AWM merges.
+    """
+    model_args = dict(block=Bottleneck, layers=(2, 2, 2, 2), stem_width=32, stem_type='deep', avg_down=True)
+    return _create_awm_resnet('awm_resnet26d', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def awm_resnet34(pretrained: bool = False, **kwargs) -> ResNet:
+    """ResNet-34 with AWM merges.
+    """
+    model_args = dict(block=BasicBlock, layers=(3, 4, 6, 3))
+    return _create_awm_resnet('awm_resnet34', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def awm_resnet34d(pretrained: bool = False, **kwargs) -> ResNet:
+    """ResNet-34-D with AWM merges.
+    """
+    model_args = dict(block=BasicBlock, layers=(3, 4, 6, 3), stem_width=32, stem_type='deep', avg_down=True)
+    return _create_awm_resnet('awm_resnet34d', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def awm_resnet50(pretrained: bool = False, **kwargs) -> ResNet:
+    """ResNet-50 with AWM merges.
+    """
+    model_args = dict(block=Bottleneck, layers=(3, 4, 6, 3))
+    return _create_awm_resnet('awm_resnet50', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def awm_resnet50d(pretrained: bool = False, **kwargs) -> ResNet:
+    """ResNet-50-D with AWM merges.
+    """
+    model_args = dict(block=Bottleneck, layers=(3, 4, 6, 3), stem_width=32, stem_type='deep', avg_down=True)
+    return _create_awm_resnet('awm_resnet50d', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def awm_resnet101(pretrained: bool = False, **kwargs) -> ResNet:
+    """ResNet-101 with AWM merges.
+    """
+    model_args = dict(block=Bottleneck, layers=(3, 4, 23, 3))
+    return _create_awm_resnet('awm_resnet101', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def awm_resnet101d(pretrained: bool = False, **kwargs) -> ResNet:
+    """ResNet-101-D with AWM merges.
+    """
+    model_args = dict(block=Bottleneck, layers=(3, 4, 23, 3), stem_width=32, stem_type='deep', avg_down=True)
+    return _create_awm_resnet('awm_resnet101d', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def awm_resnet152(pretrained: bool = False, **kwargs) -> ResNet:
+    """ResNet-152 with AWM merges.
+    """
+    model_args = dict(block=Bottleneck, layers=(3, 8, 36, 3))
+    return _create_awm_resnet('awm_resnet152', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def awm_resnet152d(pretrained: bool = False, **kwargs) -> ResNet:
+    """ResNet-152-D with AWM merges.
+    """
+    model_args = dict(block=Bottleneck, layers=(3, 8, 36, 3), stem_width=32, stem_type='deep', avg_down=True)
+    return _create_awm_resnet('awm_resnet152d', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def awm_resnext50_32x4d(pretrained: bool = False, **kwargs) -> ResNet:
+    """ResNeXt-50 32x4d with AWM merges.
+    """
+    model_args = dict(block=Bottleneck, layers=(3, 4, 6, 3), cardinality=32, base_width=4)
+    return _create_awm_resnet('awm_resnext50_32x4d', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def awm_resnext50d_32x4d(pretrained: bool = False, **kwargs) -> ResNet:
+    """ResNeXt-50-D 32x4d with AWM merges.
+    """
+    model_args = dict(
+        block=Bottleneck, layers=(3, 4, 6, 3), cardinality=32, base_width=4,
+        stem_width=32, stem_type='deep', avg_down=True)
+    return _create_awm_resnet('awm_resnext50d_32x4d', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def awm_resnext101_32x4d(pretrained: bool = False, **kwargs) -> ResNet:
+    """ResNeXt-101 32x4d with AWM merges.
+    """
+    model_args = dict(block=Bottleneck, layers=(3, 4, 23, 3), cardinality=32, base_width=4)
+    return _create_awm_resnet('awm_resnext101_32x4d', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def awm_resnext101_32x8d(pretrained: bool = False, **kwargs) -> ResNet:
+    """ResNeXt-101 32x8d with AWM merges.
+    """
+    model_args = dict(block=Bottleneck, layers=(3, 4, 23, 3), cardinality=32, base_width=8)
+    return _create_awm_resnet('awm_resnext101_32x8d', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def awm_resnext101_32x16d(pretrained: bool = False, **kwargs) -> ResNet:
+    """ResNeXt-101 32x16d with AWM merges.
+    """
+    model_args = dict(block=Bottleneck, layers=(3, 4, 23, 3), cardinality=32, base_width=16)
+    return _create_awm_resnet('awm_resnext101_32x16d', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def awm_resnext101_32x32d(pretrained: bool = False, **kwargs) -> ResNet:
+    """ResNeXt-101 32x32d with AWM merges.
+    """
+    model_args = dict(block=Bottleneck, layers=(3, 4, 23, 3), cardinality=32, base_width=32)
+    return _create_awm_resnet('awm_resnext101_32x32d', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def awm_resnext101_64x4d(pretrained: bool = False, **kwargs) -> ResNet:
+    """ResNeXt-101 64x4d with AWM merges.
+    """
+    model_args = dict(block=Bottleneck, layers=(3, 4, 23, 3), cardinality=64, base_width=4)
+    return _create_awm_resnet('awm_resnext101_64x4d', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def awm_wide_resnet50_2(pretrained: bool = False, **kwargs) -> ResNet:
+    """Wide ResNet-50-2 with AWM merges.
+    """
+    model_args = dict(block=Bottleneck, layers=(3, 4, 6, 3), base_width=128)
+    return _create_awm_resnet('awm_wide_resnet50_2', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def awm_wide_resnet101_2(pretrained: bool = False, **kwargs) -> ResNet:
+    """Wide ResNet-101-2 with AWM merges.
+    """
+    model_args = dict(block=Bottleneck, layers=(3, 4, 23, 3), base_width=128)
+    return _create_awm_resnet('awm_wide_resnet101_2', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def awm_resnet14_cifar(pretrained: bool = False, **kwargs) -> CifarResNet:
+    """ResNet-14 for 32x32 images with AWM merges, 2 blocks in each stage.
+    """
+    return _create_awm_resnet_cifar('awm_resnet14_cifar', 2, pretrained, **kwargs)
+
+
+@register_model
+def awm_resnet20_cifar(pretrained: bool = False, **kwargs) -> CifarResNet:
+    """ResNet-20 for 32x32 images with AWM merges, 3 blocks in each stage.
+    """
+    return _create_awm_resnet_cifar('awm_resnet20_cifar', 3, pretrained, **kwargs)
+
+
+@register_model
+def awm_resnet32_cifar(pretrained: bool = False, **kwargs) -> CifarResNet:
+    """ResNet-32 for 32x32 images with AWM merges, 5 blocks in each stage.
+    """
+    return _create_awm_resnet_cifar('awm_resnet32_cifar', 5, pretrained, **kwargs)
+
+
+@register_model
+def awm_resnet44_cifar(pretrained: bool = False, **kwargs) -> CifarResNet:
+    """ResNet-44 for 32x32 images with AWM merges, 7 blocks in each stage.
+    """
+    return _create_awm_resnet_cifar('awm_resnet44_cifar', 7, pretrained, **kwargs)
+
+
+@register_model
+def awm_resnet56_cifar(pretrained: bool = False, **kwargs) -> CifarResNet:
+    """ResNet-56 for 32x32 images with AWM merges, 9 blocks in each stage.
+    """
+    return _create_awm_resnet_cifar('awm_resnet56_cifar', 9, pretrained, **kwargs)
+
+
+@register_model
+def awm_resnet110_cifar(pretrained: bool = False, **kwargs) -> CifarResNet:
+    """ResNet-110 for 32x32 images with AWM merges, 18 blocks in each stage.
+    """
+    return _create_awm_resnet_cifar('awm_resnet110_cifar', 18, pretrained, **kwargs)
