@@ -1,1 +1,12 @@
-from . import models
+"""Active weighted mapping (AWM) for timm.
+
+Importing this package registers the `awm_*` models, the `alternating` optimizer and the crop mode `pad4` with timm.
+"""
+from importlib.metadata import version as _version
+
+from . import layers, models, optim, patches
+from .layers import record_mixing_weights
+
+__version__ = _version('timm-awm')
+
+patches.install()

@@ -33,62 +33,29 @@ class AwmBasicBlock(BasicBlock):
     """timm's BasicBlock with a merge; made from one by `insert_sum_merges`."""
 
     def forward(self, x: Tensor) -> Tensor:
-        shortcut = x
-
-        x = self.conv1(x)
-        x = self.bn1(x)
-        x = self.drop_block(x)
-        x = self.act1(x)
-        x = self.aa(x)
-
-        x = self.conv2(x)
-        x = self.bn2(x)
-
+        shortcut = x if self.downsample is None else self.downsample(x)
+        x = self.aa(self.act1(self.drop_block(self.bn1(self.conv1(x)))))
+        x = self.bn2(self.conv2(x))
         if self.se is not None:
             x = self.se(x)
-
         if self.drop_path is not None:
             x = self.drop_path(x)
-
-        if self.downsample is not None:
-            shortcut = self.downsample(shortcut)
-        x = self.merge(x, shortcut)
-        x = self.act2(x)
-
-        return x
+        return self.act2(self.merge(x, shortcut))
 
 
 class AwmBottleneck(Bottleneck):
     """timm's Bottleneck with a merge; made from one by `insert_sum_merges`."""
 
     def forward(self, x: Tensor) -> Tensor:
-        shortcut = x
-
-        x = self.conv1(x)
-        x = self.bn1(x)
-        x = self.act1(x)
-
-        x = self.conv2(x)
-        x = self.bn2(x)
-        x = self.drop_block(x)
-        x = self.act2(x)
-        x = self.aa(x)
-
-        x = self.conv3(x)
-        x = self.bn3(x)
-
+        shortcut = x if self.downsample is None else self.downsample(x)
+        x = self.act1(self.bn1(self.conv1(x)))
+        x = self.aa(self.act2(self.drop_block(self.bn2(self.conv2(x)))))
+        x = self.bn3(self.conv3(x))
         if self.se is not None:
             x = self.se(x)
-
         if self.drop_path is not None:
             x = self.drop_path(x)
-
-        if self.downsample is not None:
-            shortcut = self.downsample(shortcut)
-        x = self.merge(x, shortcut)
-        x = self.act3(x)
-
-        return x
+        return self.act3(self.merge(x, shortcut))
 
 
 def insert_sum_merges(model: nn.Module, hidden_features: int = 16) -> None:

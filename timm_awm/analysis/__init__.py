@@ -1,0 +1,1 @@
+from .profile import collect_mixing_weights, plot_profile

@@ -1,0 +1,155 @@
+"""The whole way of an AWM model in about a minute: train, save, load, look inside. Offline, on a CPU."""
+import os
+import shutil
+from pathlib import Path
+from typing import Any, Dict, Optional, Tuple
+
+import matplotlib
+import timm
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from timm.data import create_loader, resolve_data_config
+from timm.models import save_for_hf
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.utils import AverageMeter, CheckpointSaver, accuracy, random_seed, update_summary
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from .analysis import collect_mixing_weights, plot_profile
+
+matplotlib.use('Agg')  # before pyplot is imported, for machines without a screen
+import matplotlib.pyplot as plt  # noqa: E402
+
+__all__ = ['run']
+
+MODEL = 'awm_resnet14_cifar'
+DIGITS_CFG: Dict[str, Any] = dict(input_size=(1, 32, 32), mean=(0.308,), std=(0.349,), num_classes=10, tag='digits')
+
+
+class Digits(Dataset):
+    """Handwritten digits in the form that timm's loader expects.
+
+    Args:
+        images: (images, 8, 8), from 0 to 16.
+        labels: (images,).
+    """
+
+    def __init__(self, images, labels) -> None:
+        self.images = [Image.fromarray((image * (255 / 16)).astype('uint8')).resize((32, 32)) for image in images]
+        self.labels = labels
+        self.transform: Any = None  # set by timm's create_loader
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Tuple[Tensor, int]:
+        return self.transform(self.images[index]), int(self.labels[index])
+
+
+def run(output: Path, epochs: int = 12, period: int = 2, seed: int = 0) -> None:
+    """Train MODEL on scikit-learn's digits with alternating phases and leave all that comes of it in a folder.
+
+    Args:
+        output: The folder, must not exist. It appears when everything in it is complete.
+        epochs: Passes over the training images.
+        period: Epochs of a phase.
+        seed: Of weights, order and crops.
+
+    Raises:
+        FileExistsError: The folder exists.
+        RuntimeError: The model that was loaded back predicts something else.
+    """
+    if output.exists():
+        raise FileExistsError(f'{output} exists already: remove it, or choose another folder with --output.')
+    partial = output.with_name(f'{output.name}.partial')
+    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+    partial.mkdir(parents=True)
+    try:
+        _run(partial, epochs, period, seed)
+        os.replace(partial, output)
+    except BaseException:
+        shutil.rmtree(partial)
+        raise
+    print(f'Everything is in {output}: hub/ (the model), checkpoints/, summary.csv, lambda-profile.png')
+
+
+def _run(output: Path, epochs: int, period: int, seed: int) -> None:
+    random_seed(seed)
+    model = timm.create_model(MODEL, pretrained_cfg_overlay=DIGITS_CFG)
+    train, test = _loaders(model, seed)
+    optimizer = create_optimizer_v2(
+        model, opt='alternating', base='sgd', period=period, lr=0.05, weight_decay=1e-4, filter_bias_and_bn=False)
+    scheduler, _ = create_scheduler_v2(optimizer, sched='cosine', num_epochs=epochs)
+    (output / 'checkpoints').mkdir()
+    saver = CheckpointSaver(model, optimizer, checkpoint_dir=str(output / 'checkpoints'), max_history=1)
+    print(f'{MODEL}: {len(train.dataset)} training and {len(test.dataset)} held-out digits, {epochs} epochs')
+    for epoch in range(epochs):
+        optimizer.set_epoch(epoch)
+        description = f'Epoch {epoch + 1:>2}/{epochs}, {optimizer.phase:>8} phase'
+        loss = _train_one_epoch(model, train, optimizer, description)
+        top1 = _evaluate(model, test)
+        lr = optimizer.param_groups[0]['lr']
+        update_summary(
+            epoch, dict(loss=loss, phase=optimizer.phase), dict(top1=top1), output / 'summary.csv', lr=lr,
+            write_header=epoch == 0)
+        saver.save_checkpoint(epoch, metric=top1)
+        scheduler.step(epoch + 1)
+    print(f'Held-out accuracy after the last epoch: {top1:.1f} %')
+
+    save_for_hf(model, str(output / 'hub'), safe_serialization=True)
+    reloaded = timm.create_model(f'local-dir:{output / "hub"}', pretrained=True)
+    if not torch.equal(_logits(model, test), _logits(reloaded, test)):
+        raise RuntimeError('The model that was saved and loaded back does not predict the same.')
+    print("Saved in the Hub's format, loaded back with timm.create_model('local-dir:...'): the same predictions")
+
+    figure, ax = plt.subplots(figsize=(8, 5), layout='constrained')
+    plot_profile(collect_mixing_weights(reloaded, (images for images, _ in test)), ax)
+    ax.axhline(0.5, color='gray', linestyle='--', label='plain ResNet: both weigh the same')
+    ax.set_title(f'How {MODEL} weighs convolutions against shortcuts\non {len(test.dataset)} held-out digits')
+    ax.legend()
+    figure.savefig(output / 'lambda-profile.png', dpi=120)
+    plt.close(figure)
+
+
+def _loaders(model: nn.Module, seed: int) -> Tuple[DataLoader, DataLoader]:
+    digits = load_digits()
+    x_train, x_test, y_train, y_test = train_test_split(
+        digits.images, digits.target, test_size=360, random_state=seed, stratify=digits.target)
+    config = resolve_data_config({}, model=model)
+    common = dict(
+        input_size=config['input_size'], mean=config['mean'], std=config['std'], crop_pct=config['crop_pct'],
+        batch_size=64, num_workers=0, persistent_workers=False, use_prefetcher=False)
+    train = create_loader(
+        Digits(x_train, y_train), is_training=True, train_crop_mode='pad4', hflip=0., color_jitter=None, **common)
+    return train, create_loader(Digits(x_test, y_test), **common)
+
+
+def _train_one_epoch(model: nn.Module, loader: DataLoader, optimizer: torch.optim.Optimizer, description: str) -> float:
+    model.train()
+    losses = AverageMeter()
+    with tqdm(loader, desc=description, unit='batch', mininterval=0.5) as progress:
+        for images, labels in progress:
+            loss = F.cross_entropy(model(images), labels)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.update(loss.item(), len(images))
+            progress.set_postfix(loss=f'{losses.avg:.3f}', refresh=False)
+    return losses.avg
+
+
+def _logits(model: nn.Module, loader: DataLoader) -> Tensor:
+    model.eval()
+    with torch.inference_mode():
+        return torch.cat([model(images) for images, _ in loader])
+
+
+def _evaluate(model: nn.Module, loader: DataLoader) -> float:
+    labels = torch.cat([labels for _, labels in loader])
+    top1, = accuracy(_logits(model, loader), labels)
+    return top1.item()

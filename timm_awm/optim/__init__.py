@@ -1,0 +1,2 @@
+from .alternating import Alternating, set_epoch
+from .schedule import PhaseSchedule

@@ -1,0 +1,45 @@
+"""Which side trains in which epoch."""
+from dataclasses import dataclass
+from typing import Optional
+
+__all__ = ['BACKBONE', 'MERGE', 'JOINT', 'PhaseSchedule']
+
+BACKBONE = 'backbone'
+MERGE = 'merge'
+JOINT = 'joint'
+
+
+@dataclass(frozen=True)
+class PhaseSchedule:
+    """The alternation of the paper's section 3.2: t epochs of the backbone, t epochs of the merges, and again.
+
+    Args:
+        period: Epochs of a backbone phase (the paper's t); 0 trains both sides jointly.
+        merge_period: Epochs of a merge phase, as long as a backbone phase if not given.
+
+    Raises:
+        ValueError: A period that is no such number.
+    """
+    period: int = 3
+    merge_period: Optional[int] = None
+
+    def __post_init__(self) -> None:
+        _check('period', self.period, 0)
+        if self.merge_period is not None:
+            if self.period == 0:
+                raise ValueError('merge_period makes no sense with period=0, which trains both sides jointly.')
+            _check('merge_period', self.merge_period, 1)
+
+    def phase(self, epoch: int) -> str:
+        """The phase of an epoch, counted from 0: BACKBONE, MERGE or JOINT."""
+        if self.period == 0:
+            return JOINT
+        cycle = self.period + (self.merge_period or self.period)
+        return BACKBONE if epoch % cycle < self.period else MERGE
+
+
+def _check(name: str, value: object, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(
+            f'{name} counts epochs and must be a whole number of at least {least}, got {value!r}; '
+            'for example: --opt-kwargs base=sgd period=3')

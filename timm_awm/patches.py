@@ -1,0 +1,73 @@
+"""The one file that reaches into timm: all that the plugin changes there, and all that it uses of timm's private names.
+
+`install()` runs when timm_awm is imported. It registers the optimizer, adds the crop mode 'pad4', and, when timm's
+train.py is what imports the plugin (`--device-modules timm_awm`), tells the optimizer which epoch starts.
+"""
+import functools
+import inspect
+import sys
+from types import ModuleType
+from typing import Any, Optional
+
+import timm
+from timm.data import transforms_factory
+from timm.data.transforms import RandomResizedCropAndInterpolation
+from timm.optim import OptimInfo
+from timm.optim._optim_factory import default_registry
+from torchvision import transforms
+
+from . import optim
+
+__all__ = ['install']
+
+
+def install() -> None:
+    default_registry.register(OptimInfo(
+        name='alternating',  # no underscore: timm's factory drops what stands before one
+        opt_class=optim.Alternating,
+        description='Trains backbone and AWM merges in turn with any other optimizer (base=..., period=...)',
+        has_eps=True,
+        has_momentum=True,
+        has_betas=True,
+    ))
+    transforms_factory.transforms_imagenet_train = _with_pad4(transforms_factory.transforms_imagenet_train)
+    main = sys.modules.get('__main__')
+    if main is not None and _is_timm_train_script(main):
+        main.train_one_epoch = _with_epoch_clock(main.train_one_epoch)
+
+
+def _with_pad4(transforms_imagenet_train):
+    """Adds the paper's crop, zero-pad 4 and crop at random, as `--train-crop-mode pad4`; timm has none like it."""
+
+    @functools.wraps(transforms_imagenet_train)
+    def with_pad4(img_size: Any = 224, *args: Any, train_crop_mode: Optional[str] = None, **kwargs: Any):
+        if train_crop_mode != 'pad4':
+            return transforms_imagenet_train(img_size, *args, train_crop_mode=train_crop_mode, **kwargs)
+        result = transforms_imagenet_train(img_size, *args, train_crop_mode='rrc', **kwargs)
+        steps = (result[0] if isinstance(result, tuple) else result).transforms
+        if not isinstance(steps[0], RandomResizedCropAndInterpolation):
+            raise RuntimeError(
+                f'train_crop_mode pad4 cannot replace the first transform of timm {timm.__version__}, {steps[0]!r}: '
+                'use one of the timm versions that timm_awm was tested with.')
+        size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
+        steps[:1] = [transforms.Resize(size), transforms.RandomCrop(size, padding=4)]
+        return result
+
+    return with_pad4
+
+
+def _is_timm_train_script(module: ModuleType) -> bool:
+    """Whether a module is timm's train.py with the `train_one_epoch(epoch, ...)` of the versions we know."""
+    train_one_epoch = getattr(module, 'train_one_epoch', None)
+    if getattr(module, 'create_optimizer_v2', None) is not timm.optim.create_optimizer_v2:
+        return False
+    return inspect.isfunction(train_one_epoch) and next(iter(inspect.signature(train_one_epoch).parameters), '') == 'epoch'
+
+
+def _with_epoch_clock(train_one_epoch):
+    @functools.wraps(train_one_epoch)
+    def with_epoch_clock(epoch: int, *args: Any, **kwargs: Any):
+        optim.set_epoch(epoch)
+        return train_one_epoch(epoch, *args, **kwargs)
+
+    return with_epoch_clock
