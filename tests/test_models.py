@@ -1,0 +1,435 @@
+import copy
+
+import pytest
+import timm
+import torch
+import torch.nn as nn
+from safetensors.torch import save_file
+from timm.layers import BlurPool2d
+from timm.models import BasicBlock, Bottleneck, DenseNet, ResNet
+from timm.models.densenet import DenseBlock, DenseLayer
+from timm.optim import create_optimizer_v2
+
+import timm_awm  # noqa: F401
+from timm_awm.layers import ConcatMerge, MixingWeights, SumMerge, merge_parameters, record_mixing_weights
+from timm_awm.models import CifarDenseNet, CifarResNet
+
+IMAGENET = [
+    'awm_resnet18', 'awm_resnet26', 'awm_resnet34', 'awm_resnet50', 'awm_resnet101', 'awm_resnet152',
+    'awm_resnet18d', 'awm_resnet26d', 'awm_resnet34d', 'awm_resnet50d', 'awm_resnet101d', 'awm_resnet152d',
+    'awm_resnext50_32x4d', 'awm_resnext50d_32x4d', 'awm_resnext101_32x4d', 'awm_resnext101_32x8d',
+    'awm_resnext101_32x16d', 'awm_resnext101_32x32d', 'awm_resnext101_64x4d', 'awm_wide_resnet50_2',
+    'awm_wide_resnet101_2', 'awm_densenet121', 'awm_densenet161', 'awm_densenet169', 'awm_densenet201',
+]
+CIFAR = [f'awm_resnet{n}_cifar' for n in (14, 20, 32, 44, 56, 110)] + [
+    f'awm_densenet{n}_cifar' for n in (22, 28, 34, 40)]
+# one of each kind, small enough to run
+SMALL = ['awm_resnet14_cifar', 'awm_densenet22_cifar', 'awm_resnet18', 'awm_resnet26d']
+
+
+def create(name, trained=False, seed=0, **kwargs):
+    """A model; `trained` moves its merges away from the identity."""
+    torch.manual_seed(seed)
+    model = timm.create_model(name, **kwargs)
+    if trained:
+        for m in model.modules():
+            if isinstance(m, MixingWeights):
+                nn.init.normal_(m.fc2.weight)
+    return model
+
+
+def images(batch=2, chans=3):
+    torch.manual_seed(1)
+    return torch.randn(batch, chans, 32, 32)
+
+
+def count(model):
+    return sum(p.numel() for p in model.parameters())
+
+
+def merges(model):
+    return [m for m in model.modules() if isinstance(m, (SumMerge, ConcatMerge))]
+
+
+def test_registered_names():
+    assert sorted(timm.list_models('awm_*')) == sorted(IMAGENET + CIFAR)
+
+
+@pytest.mark.parametrize('name', IMAGENET)
+def test_backbone_and_control_have_the_parameters_of_timms_own_model(name):
+    with torch.device('meta'):
+        plain = timm.create_model(name.removeprefix('awm_'))
+        control = timm.create_model(name, awm=False)
+        model = timm.create_model(name)
+    shapes = {k: v.shape for k, v in plain.state_dict().items()}
+    assert {k: v.shape for k, v in control.state_dict().items()} == shapes
+    assert {k: v.shape for k, v in model.state_dict().items() if '.merge.' not in k} == shapes
+    assert type(control) is type(plain)
+    assert [type(m) for m in control.modules()] == [type(m) for m in plain.modules()]
+
+
+@pytest.mark.parametrize('depth, num_merges', [(14, 6), (20, 9), (32, 15), (44, 21), (56, 27), (110, 54)])
+def test_number_of_merges_is_the_papers_table_1(depth, num_merges):
+    with torch.device('meta'):
+        assert len(merges(timm.create_model(f'awm_resnet{depth}_cifar'))) == num_merges
+
+
+def test_parameters_beside_the_papers():
+    with torch.device('meta'):
+        plain, awm = (count(timm.create_model('awm_resnet110_cifar', awm=on)) for on in (False, True))
+    assert round(plain / 1e6, 1) == 1.7  # Table 3
+    assert round(awm / 1e6, 2) == 1.8  # Table 3 has 1.78 M, for a plain network of 1.7 M
+    with torch.device('meta'):
+        assert count(timm.create_model('awm_resnet20_cifar', awm=False)) == 272_474  # known of the CIFAR ResNet-20
+
+
+@pytest.mark.parametrize('layers, per_block', [(22, 3), (28, 4), (34, 5), (40, 6)])
+def test_densenet_merges_stand_before_every_layer_with_two_inputs_and_at_block_ends(layers, per_block):
+    with torch.device('meta'):
+        model = timm.create_model(f'awm_densenet{layers}_cifar')
+    paths = [m.mix.num_paths for m in merges(model)]
+    assert sorted(paths) == sorted(3 * (list(range(2, per_block + 1)) + [per_block + 1]))
+    convs = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
+    assert len(convs) + 1 == layers
+
+
+@pytest.mark.parametrize('train', [True, False])
+@pytest.mark.parametrize('name', SMALL + ['awm_densenet121'])
+def test_identity_start_equals_timms_own_model_bit_for_bit(name, train):
+    model = create(name).train(train)
+    plain = timm.create_model(name, awm=False) if 'cifar' in name else timm.create_model(name.removeprefix('awm_'))
+    plain.load_state_dict({k: v for k, v in model.state_dict().items() if '.merge.' not in k})
+    plain.train(train)
+    x = images()
+    assert torch.equal(model(x), plain(x))
+    with torch.autocast('cpu', torch.bfloat16):
+        assert torch.equal(model(x), plain(x))
+
+
+@pytest.mark.parametrize('name', SMALL)
+def test_control_draws_the_same_backbone_from_the_same_seed(name):
+    model, control = create(name).state_dict(), create(name, awm=False).state_dict()
+    assert all(torch.equal(model[k], v) for k, v in control.items())
+
+
+@pytest.mark.parametrize('block', ['layer1.1', 'layer2.0'])
+@pytest.mark.parametrize('name, last_norm', [('awm_resnet18', 'bn2'), ('awm_resnet26d', 'bn3')])
+def test_trained_resnet_block_is_equation_2(name, last_norm, block):
+    model = create(name, trained=True).double().eval()
+    block = model.get_submodule(block)
+    seen = {}
+    block.get_submodule(last_norm).register_forward_hook(lambda m, args, out: seen.update(branch=out.clone()))
+    x = torch.randn(2, block.conv1.in_channels, 8, 8, dtype=torch.float64)
+    out = block(x)
+    branch, shortcut = seen['branch'], x if block.downsample is None else block.downsample(x)
+    z = torch.cat([branch.mean((2, 3)), shortcut.mean((2, 3))], 1)
+    sigma = torch.sigmoid(torch.relu(z @ block.merge.mix.fc1.weight.T) @ block.merge.mix.fc2.weight.T)
+    weights = (sigma / sigma.sum(1, keepdim=True)).view(2, 2, 1, 1, 1)
+    torch.testing.assert_close(out, torch.relu(2 * (weights[:, 0] * branch + weights[:, 1] * shortcut)))
+    assert weights.std() > 0.01
+
+
+def test_trained_dense_block_weighs_raw_maps():
+    model = create('awm_densenet22_cifar', trained=True).double().eval()
+    block = model.features.denseblock2
+    x = torch.randn(2, block.denselayer1.conv1.in_channels, 8, 8, dtype=torch.float64)
+    maps = [x]
+
+    def merged(merge):
+        z = torch.cat([m.mean((2, 3)) for m in maps], 1)
+        sigma = torch.sigmoid(torch.relu(z @ merge.mix.fc1.weight.T) @ merge.mix.fc2.weight.T)
+        weights = len(maps) * sigma / sigma.sum(1, keepdim=True)
+        return torch.cat([weights[:, i].view(-1, 1, 1, 1) * m for i, m in enumerate(maps)], 1)
+
+    for layer in (block.denselayer1, block.denselayer2, block.denselayer3):
+        y = x if layer is block.denselayer1 else merged(layer.merge)
+        maps.append(layer.conv2(layer.norm2(layer.conv1(layer.norm1(y)))))
+    torch.testing.assert_close(block(x), merged(block.merge))
+
+
+def test_dense_block_pools_each_map_once(monkeypatch):
+    from timm_awm.models import awm_densenet
+    pooled = []
+    monkeypatch.setattr(awm_densenet, 'descriptor', lambda x: pooled.append(x) or x.mean((2, 3)))
+    create('awm_densenet22_cifar')(images())
+    assert len(pooled) == 3 * 4  # three blocks, each of its input and three layers
+
+
+@pytest.mark.parametrize('name', ['awm_resnet20_cifar', 'awm_densenet22_cifar'])
+@pytest.mark.parametrize('awm', [True, False])
+def test_cifar_features(name, awm):
+    model = create(name, features_only=True, awm=awm)
+    assert model.feature_info.reduction() == [1, 1, 2, 4]
+    features = model(torch.randn(1, 3, 32, 32))
+    assert [f.shape[2:] for f in features] == [(32, 32), (32, 32), (16, 16), (8, 8)]
+    assert [f.shape[1] for f in features] == model.feature_info.channels()
+    part = create(name, features_only=True, awm=awm, out_indices=(1, 3))
+    assert part.feature_info.reduction() == [1, 4]
+    assert all(torch.equal(a, b) for a, b in zip(part(torch.ones(1, 3, 32, 32)), model(torch.ones(1, 3, 32, 32))[1::2]))
+
+
+@pytest.mark.parametrize('name', ['awm_resnet14_cifar', 'awm_densenet22_cifar', 'awm_resnet18', 'awm_densenet121'])
+@pytest.mark.parametrize('feature_cls', ['getter', 'list'])
+def test_features_agree_with_forward_features(name, feature_cls):
+    if feature_cls == 'getter' and not hasattr(create(name), 'forward_intermediates'):
+        pytest.skip(f"timm {timm.__version__}'s own DenseNet has no forward_intermediates")
+    model = create(name, trained=True).eval()
+    features = timm.create_model(name, features_only=True, feature_cls=feature_cls).eval()
+    features.load_state_dict(
+        {f'model.{k}' if feature_cls == 'getter' else k.replace('features.', 'features_') if 'densenet' in name else k: v
+         for k, v in model.state_dict().items() if not k.startswith(('fc.', 'classifier.'))})
+    x = images()
+    torch.testing.assert_close(features(x)[-1], model.forward_features(x))
+
+
+@pytest.mark.parametrize('indices, taps', [(None, [0, 1, 2, 3]), (2, [2, 3]), ([0, -1], [0, 3]), ([1], [1])])
+def test_cifar_resnet_intermediates(indices, taps):
+    model = create('awm_resnet14_cifar', trained=True).eval()
+    x = images()
+    stages = [model.act1(model.bn1(model.conv1(x)))]
+    for stage in (model.layer1, model.layer2, model.layer3):
+        stages.append(stage(stages[-1]))
+    final, intermediates = model.forward_intermediates(x, indices)
+    assert torch.equal(final, stages[-1])
+    assert len(intermediates) == len(taps)
+    assert all(torch.equal(a, stages[i]) for a, i in zip(intermediates, taps))
+    early = model.forward_intermediates(x, indices, stop_early=True, intermediates_only=True)
+    assert all(torch.equal(a, b) for a, b in zip(early, intermediates))
+    pruned = copy.deepcopy(model)
+    assert pruned.prune_intermediate_layers(indices) == taps
+    assert count(pruned) < count(model)
+    assert torch.equal(pruned.forward_features(x), stages[taps[-1]])
+    assert pruned.num_features == stages[taps[-1]].shape[1]
+    with pytest.raises(AssertionError, match='out of range'):
+        model.forward_intermediates(x, [4])
+
+
+@pytest.mark.parametrize('name, kwargs', [
+    ('awm_resnet18', dict(in_chans=1, num_classes=7, drop_rate=0.1, drop_path_rate=0.5, drop_block_rate=0.1)),
+    ('awm_resnet18', dict(output_stride=8, global_pool='catavgmax')),
+    ('awm_resnet26d', dict(output_stride=16, block_args=dict(attn_layer='se'), aa_layer=BlurPool2d)),
+    ('awm_resnet14_cifar', dict(in_chans=1, num_classes=7, drop_path_rate=0.5, drop_block_rate=0.1)),
+    ('awm_resnet14_cifar', dict(output_stride=2, global_pool='max', num_classes=0)),
+    ('awm_densenet121', dict(in_chans=1, num_classes=7, drop_rate=0.1, proj_drop_rate=0.1, memory_efficient=True)),
+    ('awm_densenet22_cifar', dict(in_chans=4, global_pool='avgmax', memory_efficient=True)),
+])
+def test_arguments_do_what_they_do_in_the_plain_model(name, kwargs):
+    model, control = create(name, **kwargs), create(name, awm=False, **kwargs)
+    x = images(chans=kwargs.get('in_chans', 3))
+    outputs = []
+    for m in (model.train(), control.train()):
+        torch.manual_seed(2)  # of drop path and dropout
+        outputs.append(m(x))
+    assert torch.equal(*outputs)
+    assert model.feature_info == control.feature_info
+    assert merges(model) and not merges(control)
+
+
+def test_hidden_width_is_an_argument():
+    assert merges(create('awm_resnet14_cifar'))[0].mix.fc1.out_features == 16
+    assert merges(create('awm_densenet22_cifar'))[0].mix.fc1.out_features == 24
+    assert merges(create('awm_resnet14_cifar', awm_hidden=5))[0].mix.fc1.out_features == 5
+
+
+def test_control_is_of_timms_own_blocks():
+    assert type(create('awm_resnet18', awm=False)) is ResNet
+    assert type(create('awm_densenet121', awm=False)) is DenseNet
+    cifar = create('awm_resnet14_cifar', awm=False)
+    assert type(cifar) is CifarResNet and {type(m) for m in cifar.layer1} == {BasicBlock}
+    cifar = create('awm_densenet22_cifar', awm=False)
+    assert type(cifar) is CifarDenseNet and type(cifar.features.denseblock1) is DenseBlock
+    assert {type(m) for m in cifar.features.denseblock1.values()} == {DenseLayer}
+    assert {type(m) for m in create('awm_resnet26', awm=False).layer1} == {Bottleneck}
+
+
+@pytest.mark.parametrize('awm', [True, False])
+@pytest.mark.parametrize('name, norm', [('awm_resnet14_cifar', 'bn2'), ('awm_resnet18', 'bn2'), ('awm_resnet26', 'bn3')])
+def test_last_norm_is_not_zero_unless_asked(name, norm, awm):
+    def last(**kwargs):
+        return getattr(create(name, awm=awm, **kwargs).layer1[0], norm).weight
+
+    assert torch.equal(last(), torch.ones_like(last()))
+    assert not last(zero_init_last=True).any()
+
+
+@pytest.mark.parametrize('name', SMALL)
+def test_reset_classifier(name):
+    model = create(name)
+    model.reset_classifier(5)
+    assert model(images()).shape == (2, 5)
+    model.reset_classifier(0)
+    assert model(images()).shape == (2, model.num_features)
+
+
+@pytest.mark.parametrize('name', SMALL)
+def test_torchscript(name):
+    model = create(name, trained=True).double().eval()
+    scripted = torch.jit.script(model)
+    x = images().double()
+    with torch.inference_mode():
+        torch.testing.assert_close(scripted(x), model(x))
+
+
+@pytest.mark.parametrize('name', ['awm_resnet14_cifar', 'awm_densenet22_cifar'])
+def test_torchscript_trains(name):
+    model = create(name, trained=True)
+    scripted = torch.jit.script(copy.deepcopy(model))
+    for m in (model, scripted, scripted, scripted):  # the profiling executor specialises at the second call
+        m.zero_grad()
+        m(images()).sum().backward()
+    for p, q in zip(model.parameters(), scripted.parameters()):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize('name', ['awm_resnet14_cifar', 'awm_densenet22_cifar', 'awm_resnet26d'])
+def test_export_with_dynamic_batch(name):
+    model = create(name, trained=True).eval()
+    exported = torch.export.export(model, (images(),), dynamic_shapes=({0: torch.export.Dim('batch')},)).module()
+    x = images(batch=5)
+    with torch.no_grad():
+        torch.testing.assert_close(exported(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('name', ['awm_resnet14_cifar', 'awm_densenet22_cifar', 'awm_resnet26d'])
+def test_onnx(name, tmp_path):
+    onnxruntime = pytest.importorskip('onnxruntime')
+    model = create(name, trained=True).eval()
+    x = images()
+    torch.onnx.export(model, (x,), tmp_path / 'model.onnx', dynamo=True)
+    session = onnxruntime.InferenceSession(tmp_path / 'model.onnx')
+    out, = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(out), model(x).detach(), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize('name', ['awm_resnet14_cifar', 'awm_densenet22_cifar'])
+@pytest.mark.parametrize('amp', [False, True])
+def test_compile_without_graph_breaks(name, amp):
+    model = create(name, trained=True)
+    compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend='aot_eager')
+    x = images()
+    outputs = []
+    for m in (model, compiled):
+        with torch.autocast('cpu', torch.bfloat16, enabled=amp):
+            outputs.append(m(x))
+        outputs[-1].float().square().sum().backward()
+    torch.testing.assert_close(*outputs)
+    for p, q in zip(model.parameters(), compiled.parameters()):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize('name', SMALL)
+def test_channels_last_is_kept(name):
+    model = create(name, trained=True).to(memory_format=torch.channels_last).eval()
+    x = images().to(memory_format=torch.channels_last)
+    features = model.forward_features(x)
+    assert features.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(model(x), create(name, trained=True).eval()(images()), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize('name', SMALL)
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_autocast(name, dtype):
+    model = create(name, trained=True).eval()
+    x = images()
+    expected = model(x)
+    with torch.autocast('cpu', dtype):
+        out = model(x)
+    assert out.dtype == dtype
+    assert (out.float() - expected).norm() / expected.norm() < 0.1
+    out.float().sum().backward()
+    assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize('name', ['awm_resnet14_cifar', 'awm_densenet22_cifar', 'awm_resnet26d'])
+def test_activation_checkpointing_has_the_same_gradients(name):
+    grads = []
+    for checkpointing in (False, True):
+        model = create(name, trained=True)
+        model.set_grad_checkpointing(checkpointing)
+        model(images()).square().sum().backward()
+        grads.append([p.grad for p in model.parameters()])
+    for a, b in zip(*grads):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize('name', ['awm_resnet14_cifar', 'awm_densenet22_cifar', 'awm_resnet18', 'awm_densenet121'])
+def test_layer_decay_gives_a_merge_the_rate_of_its_block(name):
+    model = create(name)
+    scales = {}
+    for group in create_optimizer_v2(model, opt='sgd', lr=1., layer_decay=0.5).param_groups:
+        scales.update({id(p): group['lr_scale'] for p in group['params']})
+    assert len(scales) == len(list(model.parameters()))
+    for path, merge in model.named_modules():
+        if isinstance(merge, (SumMerge, ConcatMerge)):
+            block = model.get_submodule(path.rpartition('.')[0])
+            inner = [m for m in block.modules() if isinstance(m, nn.Conv2d)][-1]
+            assert {scales[id(p)] for p in merge.parameters()} == {scales[id(inner.weight)]}
+    assert len(set(scales.values())) > 4
+
+
+@pytest.mark.parametrize('name', ['awm_resnet14_cifar', 'awm_densenet22_cifar'])
+def test_merges_are_known_to_the_optimizer_and_read_by_name(name):
+    model = create(name, trained=True)
+    known = {id(p) for p in merge_parameters()}
+    assert {k for k, p in model.named_parameters() if id(p) in known} == {
+        k for k, _ in model.named_parameters() if '.merge.' in k}
+    with record_mixing_weights(model) as lambdas:
+        model(images())
+    assert len(lambdas) == len(merges(model))
+    for path, value in lambdas.items():
+        assert value.shape == (2, model.get_submodule(path).mix.num_paths)
+        torch.testing.assert_close(value.sum(1), torch.ones(2))
+
+
+@pytest.mark.parametrize('name, size, stride', [
+    ('awm_resnet14_cifar', (3, 8), 4), ('awm_resnet18', (64, 31), 32), ('awm_densenet121', (16, 64), 32)])
+def test_input_smaller_than_the_stride(name, size, stride):
+    with pytest.raises(AssertionError, match=f'at least {stride}, the stride of the network'):
+        create(name)(torch.randn(1, 3, *size))
+
+
+def refused(model, state_dict, message):
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(RuntimeError, match=message):
+        model.load_state_dict(state_dict)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())  # nothing was half loaded
+
+
+def test_checkpoints_that_do_not_fit():
+    model = create('awm_resnet14_cifar')
+    other = create('awm_resnet14_cifar', seed=1)
+    refused(model, create('awm_resnet18').state_dict(), 'another architecture')
+    refused(model, create('awm_resnet14_cifar', num_classes=7).state_dict(), 'have another shape.*fc.bias')
+    refused(model, create('awm_resnet14_cifar', awm=False, seed=1).state_dict(), 'plain network.*pretrained_cfg_overlay')
+    damaged = other.state_dict()
+    del damaged['layer2.1.merge.mix.fc1.weight']
+    refused(model, damaged, 'lacks 1 of the 12 merge weights.*layer2.1')
+    model.load_state_dict(other.state_dict())
+    assert torch.equal(model(images()), other(images()))
+
+
+def test_plain_checkpoint_starts_awm_at_the_identity(tmp_path):
+    plain = create('awm_resnet14_cifar', awm=False, seed=1).eval()
+    save_file(plain.state_dict(), tmp_path / 'plain.safetensors')
+    overlay = dict(file=str(tmp_path / 'plain.safetensors'))
+    model = create('awm_resnet14_cifar', pretrained=True, pretrained_cfg_overlay=overlay).eval()
+    x = images()
+    assert torch.equal(model(x), plain(x))
+    fewer = create('awm_resnet14_cifar', pretrained=True, pretrained_cfg_overlay=overlay, num_classes=3).eval()
+    assert torch.equal(fewer.forward_features(x), plain.forward_features(x))
+
+
+def test_damaged_checkpoint_is_not_taken_for_a_plain_one(tmp_path):
+    damaged = create('awm_resnet14_cifar', trained=True).state_dict()
+    del damaged['layer1.0.merge.mix.fc2.weight']
+    save_file(damaged, tmp_path / 'damaged.safetensors')
+    for num_classes in (10, 3):  # timm loads without strict where the classes differ
+        with pytest.raises(RuntimeError, match='lacks 1 of the 12 merge weights'):
+            create('awm_resnet14_cifar', pretrained=True, num_classes=num_classes,
+                   pretrained_cfg_overlay=dict(file=str(tmp_path / 'damaged.safetensors')))
+
+
+def test_untrained_weights_are_not_promised():
+    assert not timm.list_pretrained('awm_*')
+    with pytest.raises(RuntimeError, match='No pretrained weights exist'):
+        create('awm_resnet14_cifar', pretrained=True)

@@ -1,0 +1,366 @@
+import copy
+import logging
+
+import pytest
+import timm
+import torch
+import torch.nn as nn
+from timm.optim import Lamb, create_optimizer_v2, list_optimizers
+from timm.scheduler import create_scheduler_v2
+from torch.utils.flop_counter import FlopCounterMode
+
+from timm_awm.layers import SumMerge
+from timm_awm.optim import Alternating, PhaseSchedule
+
+STEPS_PER_EPOCH = 3
+
+
+class Net(nn.Module):
+    """A small residual network with two merges, without BatchNorm: its function is its parameters alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.convs = nn.ModuleList(nn.Conv2d(8, 8, 3, padding=1) for _ in range(2))
+        self.merges = nn.ModuleList(SumMerge(8, 4) for _ in range(2))
+        self.fc = nn.Linear(8, 5)
+        for merge in self.merges:
+            nn.init.normal_(merge.mix.fc2.weight, std=0.5)
+
+    def forward(self, x):
+        x = self.stem(x)
+        for conv, merge in zip(self.convs, self.merges):
+            x = torch.relu(merge(conv(x), x))
+        return self.fc(x.mean((2, 3)))
+
+
+def net():
+    torch.manual_seed(0)
+    return Net()
+
+
+def loss_of(model, step):
+    generator = torch.Generator().manual_seed(step)
+    x = torch.randn(4, 3, 6, 6, generator=generator)
+    y = torch.randint(0, 5, (4,), generator=generator)
+    return nn.functional.cross_entropy(model(x), y)
+
+
+def alternating(model, **kwargs):
+    return create_optimizer_v2(model, opt='alternating', **kwargs)
+
+
+def sides(model):
+    merge = [p for k, p in model.named_parameters() if 'merges' in k]
+    backbone = [p for k, p in model.named_parameters() if 'merges' not in k]
+    return dict(backbone=backbone, merge=merge)
+
+
+def train(model, optimizer, epochs, clip=None, start=0):
+    for epoch in range(start, epochs):
+        optimizer.set_epoch(epoch)
+        for step in range(STEPS_PER_EPOCH):
+            loss_of(model, epoch * STEPS_PER_EPOCH + step).backward()
+            if clip:
+                nn.utils.clip_grad_norm_(model.parameters(), clip)
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def train_by_hand(model, make, epochs, phase_of, clip=None):
+    """Alternation written out: an optimizer of its own for either side, gradients of one side only."""
+    params = sides(model)
+    optimizers = {side: make(ps) for side, ps in params.items()}
+    for epoch in range(epochs):
+        side = phase_of(epoch)
+        for step in range(STEPS_PER_EPOCH):
+            grads = torch.autograd.grad(loss_of(model, epoch * STEPS_PER_EPOCH + step), params[side])
+            if clip:
+                norm = torch.sqrt(sum(g.square().sum() for g in grads))
+                grads = [g * min(1., clip / (norm.item() + 1e-6)) for g in grads]
+            for p, g in zip(params[side], grads):
+                p.grad = g
+            optimizers[side].step()
+            for p in params[side]:
+                p.grad = None
+
+
+def assert_equal(model, other, exact=True):
+    for (name, p), q in zip(model.named_parameters(), other.parameters()):
+        torch.testing.assert_close(p, q, rtol=0 if exact else 1e-5, atol=0 if exact else 1e-6, msg=lambda m: f'{name}: {m}')
+
+
+BASES = {
+    'sgd': (dict(base='sgd', lr=.1, momentum=.9, weight_decay=1e-2),
+            lambda p: torch.optim.SGD(p, lr=.1, momentum=.9, nesterov=True, weight_decay=1e-2)),
+    'foreach': (dict(base='sgd', lr=.1, momentum=.9, weight_decay=1e-2, foreach=True),
+                lambda p: torch.optim.SGD(p, lr=.1, momentum=.9, nesterov=True, weight_decay=1e-2)),
+    'adamw': (dict(base='adamw', lr=.01, weight_decay=.1, betas=(.8, .9), eps=1e-6),
+              lambda p: torch.optim.AdamW(p, lr=.01, weight_decay=.1, betas=(.8, .9), eps=1e-6)),
+    'lamb': (dict(base='lamb', lr=.01, weight_decay=.1), lambda p: Lamb(p, lr=.01, weight_decay=.1)),
+}
+
+
+@pytest.mark.parametrize('clip', [None, .05])
+@pytest.mark.parametrize('base', BASES)
+def test_equals_alternation_by_hand(base, clip):
+    kwargs, make = BASES[base]
+    model, by_hand = net(), net()
+    train(model, alternating(model, period=2, filter_bias_and_bn=False, **kwargs), 9, clip)
+    train_by_hand(by_hand, make, 9, lambda epoch: ['backbone', 'merge'][epoch // 2 % 2], clip)
+    assert_equal(model, by_hand, exact=clip is None and base != 'foreach')
+
+
+def test_unequal_phases():
+    kwargs, make = BASES['sgd']
+    model, by_hand = net(), net()
+    train(model, alternating(model, period=3, merge_period=1, filter_bias_and_bn=False, **kwargs), 9)
+    phases = ['backbone', 'backbone', 'backbone', 'merge']
+    train_by_hand(by_hand, make, 9, lambda epoch: phases[epoch % 4])
+    assert_equal(model, by_hand)
+
+
+@pytest.mark.parametrize('base', BASES)
+def test_period_zero_is_the_base_itself(base):
+    kwargs, make = BASES[base]
+    model, joint = net(), net()
+    optimizer = alternating(model, period=0, filter_bias_and_bn=False, **kwargs)
+    assert optimizer.phase == 'joint'
+    train(model, optimizer, 3)
+    plain = make(joint.parameters())
+    for step in range(3 * STEPS_PER_EPOCH):
+        loss_of(joint, step).backward()
+        plain.step()
+        plain.zero_grad()
+    assert_equal(model, joint, exact=base != 'foreach')
+
+
+@pytest.mark.parametrize('base', sorted(set(list_optimizers()) - {'alternating'}))
+@torch.compiler.set_stance('force_eager')  # Kron compiles its step, which takes minutes
+def test_frozen_side_waits_unchanged_under_every_base(base):
+    model = net()
+    try:
+        optimizer = alternating(model, base=base, period=1, lr=1e-2, weight_decay=.1)
+    except (AssertionError, ImportError, RuntimeError) as error:
+        assert 'CUDA' in str(error) or 'apex' in str(error) or 'bitsandbytes' in str(error), error
+        pytest.skip(f'{base} cannot be made on this machine: {error}')
+
+    def snapshot(side):
+        groups = [g for g in optimizer.param_groups if g['side'] == side]
+        params = sides(model)[side]
+        state = [optimizer.state.get(p, {}) for p in params]
+        return copy.deepcopy((params, state, [{k: v for k, v in g.items() if k != 'params'} for g in groups]))
+
+    def same(a, b):
+        if isinstance(a, torch.Tensor):
+            return torch.equal(a, b)
+        if isinstance(a, dict):
+            return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+        if isinstance(a, (list, tuple)):
+            return len(a) == len(b) and all(map(same, a, b))
+        return a == b
+
+    for epoch in range(4):
+        idle, active = ('merge', 'backbone') if epoch % 2 == 0 else ('backbone', 'merge')
+        before = snapshot(idle), snapshot(active)
+        optimizer.set_epoch(epoch)
+        for step in range(2):
+            loss_of(model, step).backward(create_graph=optimizer.is_second_order)
+            optimizer.step()
+            optimizer.zero_grad()
+        assert same(before[0], snapshot(idle)), f'{idle} moved in epoch {epoch}'
+        assert not same(before[1][0], snapshot(active)[0]), f'{active} did not move in epoch {epoch}'
+
+
+def test_no_gradient_is_computed_for_the_frozen_side():
+    model = timm.create_model('awm_resnet14_cifar')
+    optimizer = alternating(model, base='sgd', period=1, lr=.1)
+    flops = {}
+    for epoch in range(2):
+        optimizer.set_epoch(epoch)
+        with FlopCounterMode(display=False) as counter:
+            model(torch.randn(2, 3, 32, 32)).sum().backward()
+        flops[optimizer.phase] = counter.get_total_flops()
+        trained = {k for k, p in model.named_parameters() if p.grad is not None}
+        assert trained == {k for k, _ in model.named_parameters() if ('.merge.' in k) == (optimizer.phase == 'merge')}
+        optimizer.zero_grad()
+    # forward, input gradients and weight gradients cost the same each; the last are spared, the first two remain
+    assert flops['merge'] / flops['backbone'] < 0.67
+
+
+def test_gradients_from_before_the_freeze_are_dropped():
+    model = net()
+    optimizer = alternating(model, base='sgd', period=1, lr=.1)
+    loss_of(model, 0).backward()  # before anybody has said which epoch it is: gradients on both sides
+    before = copy.deepcopy(sides(model)['merge'])
+    optimizer.set_epoch(0)
+    for p in sides(model)['merge']:
+        p.grad = torch.ones_like(p)  # as DDP puts them there
+    optimizer.step()
+    assert all(torch.equal(p, q) for p, q in zip(sides(model)['merge'], before))
+
+
+def test_what_the_user_froze_stays_frozen():
+    model = net()
+    model.stem.requires_grad_(False)
+    before = copy.deepcopy(model.stem)
+    optimizer = create_optimizer_v2(list(model.parameters()), opt='alternating', base='sgd', period=1, lr=.1)
+    train(model, optimizer, 3)
+    assert not any(p.requires_grad for p in model.stem.parameters())
+    assert_equal(model.stem, before)
+    assert all(p.requires_grad for p in model.convs.parameters())
+
+
+@pytest.mark.parametrize('base', ['sgd', 'adamw', 'lamb'])
+@pytest.mark.parametrize('epoch, step', [(3, 0), (3, 2), (4, 0), (5, 1)])  # phases change at 2, 4, 6
+def test_resumed_run_equals_the_uninterrupted_one(base, epoch, step, tmp_path):
+    def run(model, optimizer, scheduler, start, stop):
+        for e in range(start[0], stop[0] + 1):
+            for s in range(start[1] if e == start[0] else 0, stop[1] if e == stop[0] else STEPS_PER_EPOCH):
+                if s == 0:
+                    optimizer.set_epoch(e)
+                loss_of(model, e * STEPS_PER_EPOCH + s).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                if s == STEPS_PER_EPOCH - 1:
+                    scheduler.step(e + 1)
+
+    def make():
+        model = net()
+        optimizer = alternating(model, period=2, filter_bias_and_bn=False, **BASES[base][0])
+        return model, optimizer, create_scheduler_v2(optimizer, sched='cosine', num_epochs=8)[0]
+
+    model, optimizer, scheduler = make()
+    run(model, optimizer, scheduler, (0, 0), (epoch, step))
+    torch.save(dict(model=model.state_dict(), optimizer=optimizer.state_dict()), tmp_path / 'checkpoint')
+    resumed, resumed_optimizer, resumed_scheduler = make()
+    checkpoint = torch.load(tmp_path / 'checkpoint', weights_only=True)
+    resumed.load_state_dict(checkpoint['model'])
+    resumed_optimizer.load_state_dict(checkpoint['optimizer'])
+    resumed_scheduler.step(epoch)
+    assert resumed_optimizer.epoch == optimizer.epoch
+    assert resumed_optimizer.phase == optimizer.phase == checkpoint['optimizer']['alternating']['phase']
+    for args in ((model, optimizer, scheduler), (resumed, resumed_optimizer, resumed_scheduler)):
+        run(*args, (epoch, step), (8, 0))
+    assert_equal(model, resumed)
+
+
+def test_groups_and_state_stay_shared_after_loading():
+    model = net()
+    optimizer = alternating(model, base='sgd', period=1, lr=.1)
+    train(model, optimizer, 2)
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert optimizer.param_groups is optimizer.base.param_groups
+    assert optimizer.state is optimizer.base.state
+    scheduler, _ = create_scheduler_v2(optimizer, sched='step', num_epochs=10, decay_epochs=1, decay_rate=0.)
+    scheduler.step(1)
+    before = copy.deepcopy(model)
+    train(model, optimizer, 4)
+    assert_equal(model, before)  # the learning rate of 0 has arrived in the base
+
+
+def test_added_groups_are_split_and_trained():
+    model, head = net(), nn.Linear(5, 5)
+    optimizer = alternating(model, base='momentum', period=1, lr=.1, momentum=0.)
+    more = Net()
+    optimizer.add_param_group(dict(params=list(head.parameters()) + list(more.merges.parameters()), lr=.5))
+    assert [(g['side'], g['lr']) for g in optimizer.base.param_groups[-2:]] == [('backbone', .5), ('merge', .5)]
+    before = copy.deepcopy(head)
+    optimizer.set_epoch(0)
+    head(torch.ones(1, 5)).sum().backward()
+    optimizer.step()
+    assert torch.equal(before.weight - .5, head.weight)
+
+
+def test_named_parameters_are_accepted():
+    model = net()
+    optimizer = Alternating(model.named_parameters(), base='sgd', period=1, lr=.1)
+    assert {g['side'] for g in optimizer.param_groups} == {'backbone', 'merge'}
+    train(model, optimizer, 2)
+
+
+def test_closure():
+    model, by_hand = net(), net()
+    optimizer = alternating(model, period=1, filter_bias_and_bn=False, **BASES['sgd'][0])
+    for epoch in range(4):
+        optimizer.set_epoch(epoch)
+        for step in range(STEPS_PER_EPOCH):
+            def closure(index=epoch * STEPS_PER_EPOCH + step):
+                optimizer.zero_grad()
+                loss = loss_of(model, index)
+                loss.backward()
+                return loss
+            assert optimizer.step(closure).item() > 0
+    train_by_hand(by_hand, BASES['sgd'][1], 4, lambda epoch: ['backbone', 'merge'][epoch % 2])
+    assert_equal(model, by_hand)
+
+
+def test_lookahead_does_not_move_the_frozen_side():
+    model = net()
+    optimizer = create_optimizer_v2(model, opt='lookahead_alternating', base='sgd', period=1, lr=.1)
+    for epoch in range(4):
+        optimizer._base_optimizer.set_epoch(epoch)
+        idle = copy.deepcopy(sides(model)[['merge', 'backbone'][epoch % 2]])
+        for step in range(7):  # lookahead acts at every sixth
+            loss_of(model, step).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert all(torch.equal(p, q) for p, q in zip(idle, sides(model)[['merge', 'backbone'][epoch % 2]]))
+
+
+def test_phase_is_logged(caplog):
+    model = net()
+    optimizer = alternating(model, base='sgd', period=1, lr=.1)
+    with caplog.at_level(logging.INFO):
+        optimizer.set_epoch(0)
+        optimizer.set_epoch(1)
+    trained = {side: sum(p.numel() for p in params) for side, params in sides(model).items()}
+    assert f'Epoch 0: backbone phase, trains {trained["backbone"]:,}' in caplog.text
+    assert f'Epoch 1: merge phase, trains {trained["merge"]:,}' in caplog.text
+
+
+@pytest.mark.parametrize('period, merge_period, phases', [
+    (1, None, 'bmbmbmbm'), (3, None, 'bbbmmmbb'), (3, 1, 'bbbmbbbm'), (1, 2, 'bmmbmmbm'), (0, None, 'jjjjjjjj')])
+def test_schedule(period, merge_period, phases):
+    schedule = PhaseSchedule(period, merge_period)
+    assert ''.join(schedule.phase(epoch)[0] for epoch in range(8)) == phases
+
+
+@pytest.mark.parametrize('kwargs, message', [
+    (dict(period=-1), 'period counts epochs.*at least 0, got -1'),
+    (dict(period=1.5), 'period counts epochs.*got 1.5'),
+    (dict(period='three'), "period counts epochs.*got 'three'"),
+    (dict(period=True), 'period counts epochs.*got True'),
+    (dict(merge_period=0), 'merge_period counts epochs.*at least 1, got 0'),
+    (dict(period=0, merge_period=1), 'merge_period makes no sense with period=0'),
+    (dict(base='sdg'), "Unknown base optimizer 'sdg', the nearest is 'sgd'"),
+    (dict(base='awm_sgd'), "Unknown base optimizer 'awm_sgd', the nearest is 'sgd'"),
+    (dict(base='lookahead_adam'), '--opt lookahead_alternating'),
+    (dict(base='alternating'), "Unknown base optimizer 'alternating'"),
+])
+def test_bad_arguments(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        alternating(net(), **{**dict(base='sgd', period=3, lr=.1), **kwargs})
+
+
+@pytest.mark.parametrize('model', [
+    lambda: nn.Linear(2, 2), lambda: timm.create_model('awm_resnet14_cifar', awm=False)])
+def test_model_without_merges(model):
+    net()  # a merge of somebody else's does not count
+    with pytest.raises(ValueError, match='no AWM merge.*awm=False.*--opt sgd'):
+        alternating(model(), base='sgd', lr=.1)
+
+
+def test_step_without_an_epoch():
+    model = net()
+    optimizer = alternating(model, base='sgd', period=3, lr=.1)
+    loss_of(model, 0).backward()
+    with pytest.raises(RuntimeError, match=r'call.* optimizer.set_epoch\(epoch\)'):
+        optimizer.step()
+
+
+def test_state_of_another_optimizer():
+    model = net()
+    optimizer = alternating(model, base='sgd', period=3, lr=.1)
+    with pytest.raises(ValueError, match='--no-resume-opt'):
+        optimizer.load_state_dict(torch.optim.SGD(model.parameters(), lr=.1).state_dict())
