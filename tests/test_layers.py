@@ -195,6 +195,18 @@ def test_record_mixing_weights(kind, tmp_path):
             torch.distributed.destroy_process_group()
 
 
+def test_inductor():
+    torch.manual_seed(0)
+    net = randomise(Net())
+    compiled = torch.compile(copy.deepcopy(net), fullgraph=True)
+    x = torch.randn(2, 3, 8, 8)
+    for model in (net, compiled):
+        model(x).square().sum().backward()
+    torch.testing.assert_close(compiled(x), net(x))
+    for p, q in zip(net.parameters(), compiled.parameters()):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-5)
+
+
 def test_recorded_weights_start_at_exactly_one_in_n():
     _, lambdas = recorded(Net(), torch.randn(2, 3, 8, 8))
     assert torch.equal(lambdas['merge'], torch.full((2, 2), 1 / 2))

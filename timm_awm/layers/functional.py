@@ -4,6 +4,7 @@ Weighted Mapping" (Jung et al., 2018), and their form for a concatenation (the p
 λ and the weighing are computed in float32 (float64 for float64 maps) whatever the autocast, and the merged map is
 rounded once, to the dtype of its paths.
 """
+from contextlib import nullcontext
 from typing import List
 
 import torch
@@ -40,7 +41,8 @@ def mixing_logits(z: Tensor, weight1: Tensor, weight2: Tensor) -> Tensor:
         # TorchScript can only switch autocast off for a device known when it compiles; float64 is what autocast skips
         hidden = F.relu(F.linear(z.double(), weight1.double()))
         return F.linear(hidden, weight2.double()).to(z.dtype)
-    with torch.autocast(z.device.type, enabled=False):
+    # autocast does not know the meta device
+    with nullcontext() if z.is_meta else torch.autocast(z.device.type, enabled=False):
         return F.linear(F.relu(F.linear(z, weight1.to(z.dtype))), weight2.to(z.dtype))
 
 

@@ -2,10 +2,10 @@
 from typing import Any, Dict, Iterable, Mapping
 
 from timm.layers.trace_utils import _assert
-from timm.models import register_notrace_module
+from timm.models import register_notrace_function, register_notrace_module
 from torch import Tensor, nn
 
-from ..layers import MixingWeights
+from ..layers import ConcatMerge, SumMerge, descriptor
 
 # CIFAR-10: mean and standard deviation of its training set; evaluated as it is, without a crop
 CIFAR10_CFG: Dict[str, Any] = dict(
@@ -17,7 +17,10 @@ CIFAR10_CFG: Dict[str, Any] = dict(
     std=(0.2470, 0.2435, 0.2616),
 )
 
-register_notrace_module(MixingWeights)  # torch.fx cannot follow the device of a proxy
+# torch.fx cannot follow the dtype and the device of a proxy
+register_notrace_module(SumMerge)
+register_notrace_module(ConcatMerge)
+register_notrace_function(descriptor)
 
 
 class AwmModel(nn.Module):
