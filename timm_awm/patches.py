@@ -1,10 +1,12 @@
 """The one file that reaches into timm: all that the plugin changes there, and all that it uses of timm's private names.
 
 `install()` runs when timm_awm is imported. It registers the optimizer, adds the crop mode 'pad4', and, when timm's
-train.py is what imports the plugin (`--device-modules timm_awm`), tells the optimizer which epoch starts.
+train.py is what imports the plugin (`--device-modules timm_awm`), tells the optimizer which epoch starts and the user
+which data folder is missing.
 """
 import functools
 import inspect
+import os
 import sys
 from types import ModuleType
 from typing import Any, Optional
@@ -31,9 +33,15 @@ def install() -> None:
         has_betas=True,
     ))
     transforms_factory.transforms_imagenet_train = _with_pad4(transforms_factory.transforms_imagenet_train)
-    main = sys.modules.get('__main__')
-    if main is not None and _is_timm_train_script(main):
+    hook_train_script()
+
+
+def hook_train_script() -> None:
+    """Wraps two functions of timm's train.py, if that is the running script."""
+    main = sys.modules['__main__']
+    if _is_timm_train_script(main):
         main.train_one_epoch = _with_epoch_clock(main.train_one_epoch)
+        main.create_dataset = _with_folder_check(main.create_dataset)
 
 
 def _with_pad4(transforms_imagenet_train):
@@ -71,3 +79,24 @@ def _with_epoch_clock(train_one_epoch):
         return train_one_epoch(epoch, *args, **kwargs)
 
     return with_epoch_clock
+
+
+def _with_folder_check(create_dataset):
+    """Names the data folder that is not there; timm stops at a bare assert."""
+
+    @functools.wraps(create_dataset)
+    def with_folder_check(name: str, root: Optional[str] = None, **kwargs: Any):
+        if '/' not in name:  # a folder of images; other kinds may create theirs
+            _require_folder(root)
+        elif name.startswith(('hfds//', 'hfds/.')):  # a path, not a repository of the Hub
+            _require_folder(name.removeprefix('hfds/'))
+        return create_dataset(name, root=root, **kwargs)
+
+    return with_folder_check
+
+
+def _require_folder(folder: Optional[str]) -> None:
+    if not folder or not os.path.exists(folder):
+        raise FileNotFoundError(
+            f'The data folder {folder!r} does not exist. Give a folder of images, one subfolder a class, with '
+            '--data-dir, or a folder of Parquet files as the Hugging Face Hub has them with --dataset hfds/FOLDER.')

@@ -1,0 +1,130 @@
+import sys
+from types import ModuleType
+
+import pytest
+import timm
+import torch
+from PIL import Image
+from timm.data import create_transform
+from timm.optim import create_optimizer_v2, list_optimizers
+from torchvision.transforms.functional import pil_to_tensor
+
+from timm_awm import patches
+
+
+def picture(size=32):
+    torch.manual_seed(0)
+    return Image.fromarray(torch.randint(1, 256, (size, size, 3), dtype=torch.uint8).numpy())
+
+
+def training_transform(**kwargs):
+    return create_transform(
+        (3, 32, 32), is_training=True, color_jitter=None, mean=(0., 0., 0.), std=(1., 1., 1.), **kwargs)
+
+
+def windows(image):
+    """All 81 crops of the image with four black pixels around it."""
+    padded = torch.nn.functional.pad(pil_to_tensor(image), (4, 4, 4, 4))
+    return {(y, x): padded[:, y:y + 32, x:x + 32] for y in range(9) for x in range(9)}
+
+
+@pytest.mark.parametrize('separate', [False, True])
+@pytest.mark.parametrize('prefetcher', [False, True])
+def test_pad4_crops_the_zero_padded_image_at_random(separate, prefetcher):
+    image = picture()
+    transform = training_transform(
+        train_crop_mode='pad4', hflip=0., separate=separate, use_prefetcher=prefetcher)
+    if separate:
+        def run(x):
+            for part in transform:
+                x = part(x)
+            return x
+    else:
+        run = transform
+    crops = windows(image)
+    torch.manual_seed(1)
+    seen = set()
+    for _ in range(300):
+        out = torch.as_tensor(run(image))
+        out = out if prefetcher else (out * 255).round().byte()
+        seen.add(next(offset for offset, crop in crops.items() if torch.equal(crop, out)))
+    assert len(seen) > 60  # 81 in the long run
+    assert {y for y, _ in seen} == {x for _, x in seen} == set(range(9))
+
+
+def test_pad4_flips_and_resizes():
+    image = picture()
+    flipped = {offset: crop.flip(2) for offset, crop in windows(image).items()}
+    transform = training_transform(train_crop_mode='pad4', hflip=1., use_prefetcher=True)
+    assert any(torch.equal(crop, torch.as_tensor(transform(image))) for crop in flipped.values())
+    assert transform(picture(48)).shape == (3, 32, 32)
+
+
+def test_other_crop_modes_are_timms():
+    for mode in ('rrc', 'rkrc', 'rkrr', None):
+        names = [type(t).__name__ for t in training_transform(train_crop_mode=mode).transforms]
+        original = patches.transforms_factory.transforms_imagenet_train.__wrapped__(
+            32, train_crop_mode=mode, color_jitter=None)
+        assert names == [type(t).__name__ for t in original.transforms]
+
+
+def test_pad4_refuses_a_timm_that_crops_in_another_place():
+    with_pad4 = patches._with_pad4(lambda *args, **kwargs: patches.transforms.Compose([torch.nn.Identity()]))
+    with pytest.raises(RuntimeError, match=f'timm {timm.__version__}, Identity.*tested with'):
+        with_pad4(32, train_crop_mode='pad4')
+
+
+def test_the_optimizer_is_in_timms_registry():
+    assert 'alternating' in list_optimizers()
+    model = timm.create_model('awm_resnet14_cifar')
+    optimizer = create_optimizer_v2(
+        model, opt='alternating', lr=.1, momentum=.8, weight_decay=1e-4, base='sgd', period=2, filter_bias_and_bn=False)
+    for group in optimizer.param_groups:
+        assert (group['lr'], group['momentum'], group['weight_decay'], group['nesterov']) == (.1, .8, 1e-4, True)
+
+
+def script(train_one_epoch=None, create=create_optimizer_v2):
+    module = ModuleType('__main__')
+    module.create_optimizer_v2 = create
+    module.create_dataset = timm.data.create_dataset
+    if train_one_epoch is not None:
+        module.train_one_epoch = train_one_epoch
+    return module
+
+
+@pytest.mark.parametrize('module', [
+    script(),
+    script(train_one_epoch=lambda model, epoch: None),
+    script(train_one_epoch=lambda epoch, model: None, create=print),
+    script(train_one_epoch='epoch'),
+])
+def test_other_scripts_are_left_alone(module, monkeypatch):
+    monkeypatch.setitem(sys.modules, '__main__', module)
+    before = dict(vars(module))
+    patches.hook_train_script()
+    assert vars(module) == before
+
+
+def test_the_clock_starts_with_timms_epoch(monkeypatch):
+    module = script(train_one_epoch=lambda epoch, loader, lr: (epoch, loader, lr))
+    monkeypatch.setitem(sys.modules, '__main__', module)
+    patches.hook_train_script()
+    optimizer = create_optimizer_v2(timm.create_model('awm_resnet14_cifar'), opt='alternating', lr=.1, period=2)
+    assert module.train_one_epoch(3, 'loader', lr=1) == (3, 'loader', 1)
+    assert (optimizer.epoch, optimizer.phase) == (3, 'merge')
+
+
+@pytest.mark.parametrize('name, root', [('', '/no/such'), ('', None), ('hfds//no/such', None), ('hfds/./no-such', None)])
+def test_missing_data_folder(name, root):
+    with pytest.raises(FileNotFoundError, match='(?s)data folder .* does not exist. Give.*--data-dir.*--dataset hfds'):
+        patches._with_folder_check(timm.data.create_dataset)(name, root=root, split='train')
+
+
+def test_other_data_sets_pass_the_folder_check(tmp_path):
+    def create_dataset(name, **kwargs):
+        return name, kwargs
+
+    check = patches._with_folder_check(create_dataset)
+    for name, root in (('hfds/uoft-cs/cifar10', None), ('torch/cifar10', '/to/be/made'), (f'hfds/{tmp_path}', None)):
+        assert check(name, root=root, split='train') == (name, dict(root=root, split='train'))
+    assert check('', root=str(tmp_path), split='train')[1]['root'] == str(tmp_path)
