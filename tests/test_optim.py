@@ -87,7 +87,8 @@ def train_by_hand(model, make, epochs, phase_of, clip=None):
 
 def assert_equal(model, other, exact=True):
     for (name, p), q in zip(model.named_parameters(), other.parameters()):
-        torch.testing.assert_close(p, q, rtol=0 if exact else 1e-5, atol=0 if exact else 1e-6, msg=lambda m: f'{name}: {m}')
+        torch.testing.assert_close(
+            p, q, rtol=0 if exact else 1e-5, atol=0 if exact else 1e-6, msg=lambda m, name=name: f'{name}: {m}')
 
 
 BASES = {

@@ -114,7 +114,8 @@ def test_the_clock_starts_with_timms_epoch(monkeypatch):
     assert (optimizer.epoch, optimizer.phase) == (3, 'merge')
 
 
-@pytest.mark.parametrize('name, root', [('', '/no/such'), ('', None), ('hfds//no/such', None), ('hfds/./no-such', None)])
+@pytest.mark.parametrize(
+    'name, root', [('', '/no/such'), ('', None), ('hfds//no/such', None), ('hfds/./no-such', None)])
 def test_missing_data_folder(name, root):
     with pytest.raises(FileNotFoundError, match='(?s)data folder .* does not exist. Give.*--data-dir.*--dataset hfds'):
         patches._with_folder_check(timm.data.create_dataset)(name, root=root, split='train')

@@ -56,9 +56,10 @@ def train(recipe, data, cwd, *args, **kwargs):
 def moved(folder, epoch):
     """Which sides of the network one epoch has changed, from the checkpoints before and after it."""
     before, after = (load_state_dict(str(folder / f'checkpoint-{e}.pth.tar')) for e in (epoch - 1, epoch))
-    parameters = [k for k in after if 'running' not in k and 'num_batches' not in k]
+    parameters = {k for k in after if 'running' not in k and 'num_batches' not in k}
     changed = {k for k in parameters if not torch.equal(before[k], after[k])}
-    sides = {'merge': {k for k in parameters if '.merge.' in k}, 'backbone': {k for k in parameters if '.merge.' not in k}}
+    merge = {k for k in parameters if '.merge.' in k}
+    sides = {'merge': merge, 'backbone': parameters - merge}
     assert all(changed & side in (set(), side) for side in sides.values())  # all of a side or nothing of it
     assert any(not torch.equal(before[k], after[k]) for k in after if 'running_mean' in k)
     return ' and '.join(name for name, side in sides.items() if side <= changed)

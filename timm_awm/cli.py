@@ -5,17 +5,26 @@ import sys
 from pathlib import Path
 from typing import List, NoReturn, Optional
 
+import timm
+import torch
+
 from . import __version__
+from .layers import MixingWeights
 
 __all__ = ['main']
 
 
 def main(args: Optional[List[str]] = None) -> int:
     """Run the command; returns its exit status."""
-    parser = argparse.ArgumentParser(prog='timm-awm', description='Active weighted mapping (AWM) for timm.')
+    parser = argparse.ArgumentParser(
+        prog='timm-awm',
+        description='Active weighted mapping (AWM) for timm.',
+        epilog='Example: timm-awm demo',
+    )
     parser.add_argument('--version', action='version', version=f'%(prog)s {__version__}')
     commands = parser.add_subparsers(metavar='command', required=True)
     _add_demo(commands)
+    _add_models(commands)
     parsed = parser.parse_args(args)
     signal.signal(signal.SIGTERM, _terminate)  # so that a command cleans up behind itself
     try:
@@ -54,6 +63,33 @@ def _demo(args: argparse.Namespace) -> None:
     except ModuleNotFoundError as error:
         raise RuntimeError(f"the demo needs {error.name}: pip install 'timm-awm[demo]'") from error
     demo.run(args.output, epochs=args.epochs, period=args.period, seed=args.seed)
+
+
+def _add_models(commands) -> None:
+    parser = commands.add_parser(
+        'models',
+        help='list the models',
+        description='Lists the models as a Markdown table.',
+        epilog="Example: timm-awm models '*_cifar'",
+    )
+    parser.add_argument('pattern', nargs='?', default='awm_*', help='wildcard for names (%(default)s)')
+    parser.set_defaults(run=_models)
+
+
+def _models(args: argparse.Namespace) -> None:
+    names = [name for name in timm.list_models(args.pattern) if name.startswith('awm_')]
+    if not names:
+        raise ValueError(f'No AWM model is called {args.pattern!r}; without a pattern all are listed.')
+    print('| model | image | parameters | of them in merges | merges |')
+    print('| --- | --- | ---: | ---: | ---: |')
+    for name in names:
+        with torch.device('meta'):
+            model = timm.create_model(name)
+        merges = [m for m in model.modules() if isinstance(m, MixingWeights)]
+        size = 'x'.join(map(str, model.pretrained_cfg['input_size'][1:]))
+        total = sum(p.numel() for p in model.parameters())
+        in_merges = sum(p.numel() for m in merges for p in m.parameters())
+        print(f'| {name} | {size} | {total:,} | {in_merges:,} | {len(merges)} |')
 
 
 def _positive(text: str) -> int:

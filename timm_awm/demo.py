@@ -2,7 +2,7 @@
 import os
 import shutil
 from pathlib import Path
-from typing import Any, Dict, Optional, Tuple
+from typing import Any, Dict, Tuple
 
 import matplotlib
 import timm
@@ -23,7 +23,7 @@ from tqdm import tqdm
 from .analysis import collect_mixing_weights, plot_profile
 
 matplotlib.use('Agg')  # before pyplot is imported, for machines without a screen
-import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.pyplot as plt
 
 __all__ = ['run']
 
@@ -87,7 +87,7 @@ def _run(output: Path, epochs: int, period: int, seed: int) -> None:
     scheduler, _ = create_scheduler_v2(optimizer, sched='cosine', num_epochs=epochs)
     (output / 'checkpoints').mkdir()
     saver = CheckpointSaver(model, optimizer, checkpoint_dir=str(output / 'checkpoints'), max_history=1)
-    print(f'{MODEL}: {len(train.dataset)} training and {len(test.dataset)} held-out digits, {epochs} epochs')
+    print(f'{MODEL}: {len(train.dataset)} training and {len(test.dataset)} held-out digits, {epochs} epochs')  # type: ignore[arg-type]
     for epoch in range(epochs):
         optimizer.set_epoch(epoch)
         description = f'Epoch {epoch + 1:>2}/{epochs}, {optimizer.phase:>8} phase'
@@ -110,7 +110,7 @@ def _run(output: Path, epochs: int, period: int, seed: int) -> None:
     figure, ax = plt.subplots(figsize=(8, 5), layout='constrained')
     plot_profile(collect_mixing_weights(reloaded, (images for images, _ in test)), ax)
     ax.axhline(0.5, color='gray', linestyle='--', label='plain ResNet: both weigh the same')
-    ax.set_title(f'How {MODEL} weighs convolutions against shortcuts\non {len(test.dataset)} held-out digits')
+    ax.set_title(f'How {MODEL} weighs convolutions against shortcuts\non {len(test.dataset)} held-out digits')  # type: ignore[arg-type]
     ax.legend()
     figure.savefig(output / 'lambda-profile.png', dpi=120)
     plt.close(figure)

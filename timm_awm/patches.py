@@ -38,7 +38,7 @@ def install() -> None:
 
 def hook_train_script() -> None:
     """Wraps two functions of timm's train.py, if that is the running script."""
-    main = sys.modules['__main__']
+    main: Any = sys.modules['__main__']
     if _is_timm_train_script(main):
         main.train_one_epoch = _with_epoch_clock(main.train_one_epoch)
         main.create_dataset = _with_folder_check(main.create_dataset)
@@ -67,9 +67,11 @@ def _with_pad4(transforms_imagenet_train):
 def _is_timm_train_script(module: ModuleType) -> bool:
     """Whether a module is timm's train.py with the `train_one_epoch(epoch, ...)` of the versions we know."""
     train_one_epoch = getattr(module, 'train_one_epoch', None)
-    if getattr(module, 'create_optimizer_v2', None) is not timm.optim.create_optimizer_v2:
-        return False
-    return inspect.isfunction(train_one_epoch) and next(iter(inspect.signature(train_one_epoch).parameters), '') == 'epoch'
+    return (
+        getattr(module, 'create_optimizer_v2', None) is timm.optim.create_optimizer_v2
+        and inspect.isfunction(train_one_epoch)
+        and list(inspect.signature(train_one_epoch).parameters)[:1] == ['epoch']
+    )
 
 
 def _with_epoch_clock(train_one_epoch):

@@ -8,6 +8,7 @@ Papers:
 * `Residual Convolutional Neural Network Revisited with Active Weighted Mapping` - Jung et al., 2018
 * `Densely Connected Convolutional Networks` - https://arxiv.org/abs/1608.06993
 """
+from functools import partial
 from typing import Any, Dict, List
 
 import torch
@@ -91,17 +92,14 @@ def insert_concat_merges(model: nn.Module, hidden_features: int = 24) -> None:
     for block in [m for m in model.modules() if type(m) is DenseBlock]:
         layers = list(block.values())
         weight = layers[0].conv1.weight
-
-        def merge(channels: List[int]) -> ConcatMerge:
-            return ConcatMerge(channels, hidden_features, device=weight.device, dtype=weight.dtype).train(block.training)
-
+        new_merge = partial(ConcatMerge, hidden_features=hidden_features, device=weight.device, dtype=weight.dtype)
         block.__class__ = AwmDenseBlock
         channels = [layers[0].conv1.in_channels]
         for layer in layers:
             layer.__class__ = AwmDenseLayer
-            layer.add_module('merge', merge(channels) if len(channels) > 1 else None)
+            layer.add_module('merge', new_merge(channels).train(block.training) if len(channels) > 1 else None)
             channels.append(layer.conv2.out_channels)
-        block.add_module('merge', merge(channels))
+        block.add_module('merge', new_merge(channels).train(block.training))
 
 
 class AwmDenseNet(AwmModel, DenseNet):

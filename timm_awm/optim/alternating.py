@@ -100,7 +100,7 @@ class Alternating(Optimizer):
         if not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0:
             _logger.info(f'Epoch {epoch}: {self.phase} phase, trains {trained:,} of {sum(sizes.values()):,} parameters')
 
-    def step(self, closure: Optional[Callable[[], float]] = None) -> Optional[float]:
+    def step(self, closure: Optional[Callable[[], float]] = None) -> Optional[float]:  # type: ignore[override]
         idle = self._freeze()
         groups = self.base.param_groups
         # out of the base's sight, as some optimizers count steps per group

@@ -1,0 +1,129 @@
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from PIL import Image
+
+import timm_awm
+from timm_awm import cli
+from timm_awm.layers import MixingWeights
+
+COMMAND = Path(sys.executable).with_name('timm-awm')
+ENV = {**os.environ, 'OMP_NUM_THREADS': '1'}  # the tests run side by side
+
+
+def run(*args):
+    return subprocess.run([COMMAND, *map(str, args)], capture_output=True, text=True, env=ENV)
+
+
+@pytest.fixture(scope='module')
+def demo(tmp_path_factory):
+    output = tmp_path_factory.mktemp('demo') / 'new' / 'folder'
+    return run('demo', '--output', output, '--epochs', 3, '--period', 1), output
+
+
+def test_demo_trains_and_names_the_phase(demo):
+    result, output = demo
+    assert result.returncode == 0, result.stderr
+    for epoch, phase in enumerate(('backbone', 'merge', 'backbone'), 1):
+        assert f'Epoch  {epoch}/3, {phase:>8} phase' in result.stderr
+    rows = list(csv.DictReader((output / 'summary.csv').open()))
+    assert [row['train_phase'] for row in rows] == ['backbone', 'merge', 'backbone']
+    assert f"Held-out accuracy after the last epoch: {float(rows[-1]['eval_top1']):.1f} %" in result.stdout
+    assert float(rows[-1]['eval_top1']) > 50  # chance is 10
+
+
+def test_demo_leaves_a_model_in_hub_format(demo):
+    _, output = demo
+    model = timm.create_model(f'local-dir:{output / "hub"}', pretrained=True).eval()
+    assert model.pretrained_cfg['input_size'] == (1, 32, 32)
+    assert any(m.fc2.weight.any() for m in model.modules() if isinstance(m, MixingWeights))  # trained
+    assert sorted(p.name for p in (output / 'hub').iterdir()) == ['config.json', 'model.safetensors']
+    checkpoint = torch.load(output / 'checkpoints' / 'last.pth.tar', weights_only=True)
+    assert all(torch.equal(v, model.state_dict()[k]) for k, v in checkpoint['state_dict'].items())
+
+
+def test_demo_draws_the_profile(demo):
+    _, output = demo
+    picture = Image.open(output / 'lambda-profile.png').convert('RGB')
+    assert picture.width > 800 and len(picture.getcolors(2 ** 24)) > 50
+
+
+def test_demo_refuses_an_existing_folder(tmp_path):
+    (tmp_path / 'mine').write_text('precious')
+    result = run('demo', '--output', tmp_path)
+    assert result.returncode == 1
+    assert f'{tmp_path} exists already: remove it, or choose another folder with --output.' in result.stderr
+    assert (tmp_path / 'mine').read_text() == 'precious'
+
+
+@pytest.mark.parametrize('sent, code', [
+    (signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)])
+def test_a_killed_demo_leaves_nothing_that_looks_complete(tmp_path, sent, code):
+    output, partial = tmp_path / 'out', tmp_path / 'out.partial'
+    process = subprocess.Popen(
+        [COMMAND, 'demo', '--output', output], env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (partial / 'checkpoints').exists():
+        assert process.poll() is None
+        time.sleep(.1)
+    process.send_signal(sent)
+    assert process.wait(60) == code
+    assert not output.exists()
+    if sent != signal.SIGKILL:
+        assert not partial.exists()
+    else:  # a second run clears up
+        assert run('demo', '--output', output, '--epochs', 1).returncode == 0
+        assert os.listdir(tmp_path) == ['out']
+
+
+def test_demo_names_the_missing_extra(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'sklearn.datasets', None)
+    monkeypatch.delitem(sys.modules, 'timm_awm.demo', raising=False)
+    monkeypatch.delattr(timm_awm, 'demo', raising=False)
+    assert cli.main(['demo']) == 1
+    assert "pip install 'timm-awm[demo]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('args, message', [
+    (['demo', '--epochs', '0'], 'must be at least 1, got 0'),
+    (['demo', '--epochs', 'many'], "invalid _positive value: 'many'"),
+    ([], 'required: command'),
+])
+def test_usage_errors(args, message, capsys):
+    with pytest.raises(SystemExit) as error:
+        cli.main(args)
+    assert error.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_bad_period_leaves_nothing(tmp_path, capsys):
+    assert cli.main(['demo', '--output', str(tmp_path / 'out'), '--period', '-1']) == 1
+    assert 'period counts epochs and must be a whole number of at least 0, got -1' in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('args', [['--help'], ['demo', '--help'], ['models', '--help']])
+def test_help_shows_an_example(args, capsys):
+    with pytest.raises(SystemExit, match='0'):
+        cli.main(args)
+    assert 'Example: timm-awm' in capsys.readouterr().out
+
+
+def test_models_is_the_table_of_the_readme(capsys):
+    assert cli.main(['models']) == 0
+    table = capsys.readouterr().out
+    assert '| awm_resnet20_cifar | 32x32 | 283,514 | 11,040 | 9 |' in table
+    assert len(table.splitlines()) == 2 + len(timm.list_models('awm_*'))
+    assert table in (Path(__file__).parents[1] / 'README.md').read_text()
+
+
+def test_models_that_do_not_exist(capsys):
+    assert cli.main(['models', 'resnet5*']) == 1
+    assert "No AWM model is called 'resnet5*'" in capsys.readouterr().err
