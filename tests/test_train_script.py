@@ -16,8 +16,7 @@ import yaml
 from timm.models import load_state_dict
 
 RECIPES = Path(__file__).parents[1] / 'recipes'
-TRAIN = os.environ.get('TIMM_TRAIN_SCRIPT')
-VALIDATE = str(Path(TRAIN or '').with_name('validate.py'))
+TRAIN = os.environ.get('TIMM_TRAIN_SCRIPT', '')
 
 pytestmark = pytest.mark.skipif(
     not TRAIN, reason="NOT TESTED: timm's real train.py. Clone timm at the tag of the installed version and set "
@@ -90,9 +89,10 @@ def test_recipe_of_the_plain_control(data, tmp_path):
 
 
 def test_validate(data, tmp_path):
+    script = str(Path(TRAIN).with_name('validate.py'))
     train('cifar10/awm_resnet20_cifar.yaml', data, tmp_path, '--epochs', 1)
     result = run(
-        '-c', 'import runpy, timm_awm; runpy.run_path(%r, run_name="__main__")' % VALIDATE,
+        '-c', 'import runpy, timm_awm; runpy.run_path(%r, run_name="__main__")' % script,
         '--model', 'awm_resnet20_cifar', '--checkpoint', tmp_path / 'run' / 'last.pth.tar', '--device', 'cpu',
         '--dataset', f'hfds/{data}', '--input-key', 'img', '--target-key', 'label', '--split', 'test', '-b', 16,
         '--no-prefetcher', '-j', 1, '--num-classes', 10, cwd=tmp_path)
