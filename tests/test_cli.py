@@ -44,7 +44,7 @@ def test_demo_leaves_a_model_in_hub_format(demo):
     _, output = demo
     model = timm.create_model(f'local-dir:{output / "hub"}', pretrained=True).eval()
     assert model.pretrained_cfg['input_size'] == (1, 32, 32)
-    assert any(m.fc2.weight.any() for m in model.modules() if isinstance(m, MixingWeights))  # trained
+    assert any(m.weight2.any() for m in model.modules() if isinstance(m, MixingWeights))  # trained
     assert sorted(p.name for p in (output / 'hub').iterdir()) == ['config.json', 'model.safetensors']
     checkpoint = torch.load(output / 'checkpoints' / 'last.pth.tar', weights_only=True)
     assert all(torch.equal(v, model.state_dict()[k]) for k, v in checkpoint['state_dict'].items())
@@ -105,7 +105,7 @@ def test_usage_errors(args, message, capsys):
 
 def test_bad_period_leaves_nothing(tmp_path, capsys):
     assert cli.main(['demo', '--output', str(tmp_path / 'out'), '--period', '-1']) == 1
-    assert 'period counts epochs and must be a whole number of at least 0, got -1' in capsys.readouterr().err
+    assert 'period must be a whole number of epochs, at least 0, got -1' in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 

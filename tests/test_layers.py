@@ -25,14 +25,14 @@ from timm_awm.layers import (
 def reference_lambda(mix: MixingWeights, maps: list) -> Tensor:
     """Equations 3 and 4 and the normalisation, word by word, in float64."""
     z = torch.cat([x.double().mean(dim=(2, 3)) for x in maps], dim=1)
-    sigma = torch.sigmoid(torch.relu(z @ mix.fc1.weight.double().T) @ mix.fc2.weight.double().T)
+    sigma = torch.sigmoid(torch.relu(z @ mix.weight1.double().T) @ mix.weight2.double().T)
     return sigma / sigma.sum(1, keepdim=True)
 
 
 def randomise(module: nn.Module) -> nn.Module:
     for m in module.modules():
         if isinstance(m, MixingWeights):
-            nn.init.normal_(m.fc2.weight)
+            nn.init.normal_(m.weight2)
     return module
 
 
@@ -95,7 +95,7 @@ def test_large_float16_maps_stay_finite():
     merge = randomise(SumMerge(4))
     with record_mixing_weights(merge) as lambdas:
         merge(x, x)
-    assert lambdas[''].isfinite().all()
+    assert lambdas['mix'].isfinite().all()
 
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
@@ -127,6 +127,20 @@ def test_gradients():
     x = [torch.randn(2, c, 3, 3, dtype=torch.float64, requires_grad=True) for c in (3, 3, 2)]
     assert torch.autograd.gradcheck(total, x[:2])
     assert torch.autograd.gradcheck(lambda *maps: concat(list(maps)), x[1:])
+
+
+@pytest.mark.parametrize('channels', [[4, 4, 4, 4], [8]])
+def test_concat_merge_refuses_another_number_of_maps(channels):
+    merge = ConcatMerge([8, 8] if len(channels) == 4 else [4, 4])  # as many channels in all
+    with pytest.raises(ValueError, match=f'Got {len(channels)} maps for 2 mixing weights'):
+        merge([torch.randn(2, c, 3, 3) for c in channels])
+
+
+def test_reset_parameters_returns_to_the_identity():
+    mix = randomise(MixingWeights(16, 2, 8))
+    mix.reset_parameters()
+    assert torch.equal(mix(torch.randn(4, 16)), torch.ones(4, 2))
+    assert 0.2 < mix.weight1.abs().max() <= 16 ** -.5  # as torch.nn.Linear: uniform up to 1 / sqrt(features)
 
 
 @pytest.mark.parametrize('make, message', [
@@ -231,11 +245,11 @@ def test_merge_parameters_knows_copies_and_forgets_the_dead(duplicate):
         return any(p is parameter for p in merge_parameters())
 
     net = duplicate(Net())
-    assert known(net.merge.mix.fc1.weight) and known(net.cat.mix.fc2.weight)
+    assert known(net.merge.mix.weight1) and known(net.cat.mix.weight2)
     assert not known(net.conv.weight)
     net.to(torch.float64)
-    assert known(net.merge.mix.fc1.weight)
-    parameter = net.merge.mix.fc1.weight
+    assert known(net.merge.mix.weight1)
+    parameter = net.merge.mix.weight1
     del net
     gc.collect()
     assert not known(parameter)

@@ -1,4 +1,5 @@
 import copy
+import re
 
 import onnxruntime
 import pytest
@@ -6,7 +7,7 @@ import timm
 import torch
 import torch.nn as nn
 from safetensors.torch import save_file
-from timm.layers import BlurPool2d
+from timm.layers import BlurPool2d, set_reentrant_ckpt
 from timm.models import BasicBlock, Bottleneck, DenseNet, ResNet
 from timm.models.densenet import DenseBlock, DenseLayer
 from timm.optim import create_optimizer_v2
@@ -35,7 +36,7 @@ def create(name, trained=False, seed=0, **kwargs):
     if trained:
         for m in model.modules():
             if isinstance(m, MixingWeights):
-                nn.init.normal_(m.fc2.weight)
+                nn.init.normal_(m.weight2)
     return model
 
 
@@ -124,7 +125,7 @@ def test_trained_resnet_block_is_equation_2(name, last_norm, block):
     out = block(x)
     branch, shortcut = seen['branch'], x if block.downsample is None else block.downsample(x)
     z = torch.cat([branch.mean((2, 3)), shortcut.mean((2, 3))], 1)
-    sigma = torch.sigmoid(torch.relu(z @ block.merge.mix.fc1.weight.T) @ block.merge.mix.fc2.weight.T)
+    sigma = torch.sigmoid(torch.relu(z @ block.merge.mix.weight1.T) @ block.merge.mix.weight2.T)
     weights = (sigma / sigma.sum(1, keepdim=True)).view(2, 2, 1, 1, 1)
     torch.testing.assert_close(out, torch.relu(2 * (weights[:, 0] * branch + weights[:, 1] * shortcut)))
     assert weights.std() > 0.01
@@ -138,7 +139,7 @@ def test_trained_dense_block_weighs_raw_maps():
 
     def merged(merge):
         z = torch.cat([m.mean((2, 3)) for m in maps], 1)
-        sigma = torch.sigmoid(torch.relu(z @ merge.mix.fc1.weight.T) @ merge.mix.fc2.weight.T)
+        sigma = torch.sigmoid(torch.relu(z @ merge.mix.weight1.T) @ merge.mix.weight2.T)
         weights = len(maps) * sigma / sigma.sum(1, keepdim=True)
         return torch.cat([weights[:, i].view(-1, 1, 1, 1) * m for i, m in enumerate(maps)], 1)
 
@@ -228,9 +229,36 @@ def test_arguments_do_what_they_do_in_the_plain_model(name, kwargs):
 
 
 def test_hidden_width_is_an_argument():
-    assert merges(create('awm_resnet14_cifar'))[0].mix.fc1.out_features == 16
-    assert merges(create('awm_densenet22_cifar'))[0].mix.fc1.out_features == 24
-    assert merges(create('awm_resnet14_cifar', awm_hidden=5))[0].mix.fc1.out_features == 5
+    assert merges(create('awm_resnet14_cifar'))[0].mix.weight1.shape[0] == 16
+    assert merges(create('awm_densenet22_cifar'))[0].mix.weight1.shape[0] == 24
+    assert merges(create('awm_resnet14_cifar', awm_hidden=5))[0].mix.weight1.shape[0] == 5
+
+
+@pytest.mark.parametrize('name', SMALL)
+def test_awm_that_only_looks_like_a_bool_is_refused(name):
+    with pytest.raises(ValueError, match="either True or False, got 'false'.*--model-kwargs awm=False"):
+        create(name, awm='false')  # what timm's parser makes of --model-kwargs awm=false
+
+
+def test_a_network_without_blocks_of_timm_gets_no_merges():
+    class Block(BasicBlock):
+        pass
+
+    with pytest.raises(ValueError, match='no BasicBlock or Bottleneck'):
+        create('awm_resnet18', block=Block)
+    with pytest.raises(ValueError, match='no dense block'):
+        create('awm_densenet121', block_config=())
+
+
+@pytest.mark.parametrize('name, kwargs', [
+    ('awm_resnet14_cifar', dict(replace_stem_pool=True)),
+    ('awm_resnet14_cifar', dict(stem_width=32)),
+    ('awm_densenet22_cifar', dict(stem_type='deep')),
+])
+@pytest.mark.parametrize('awm', [True, False])
+def test_stem_arguments_are_refused_by_the_32x32_networks(name, kwargs, awm):
+    with pytest.raises(TypeError, match=f'{list(kwargs)[0]} is not an argument of the 32x32 networks'):
+        create(name, awm=awm, **kwargs)
 
 
 def test_control_is_of_timms_own_blocks():
@@ -303,6 +331,14 @@ def test_onnx(name, tmp_path):
     torch.testing.assert_close(torch.from_numpy(out), model(x).detach(), rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize('name', ['awm_resnet14_cifar', 'awm_densenet22_cifar', 'awm_resnet26d'])
+def test_symbolic_trace(name):
+    model = create(name, trained=True).eval()
+    traced = torch.fx.symbolic_trace(model)
+    x = images(batch=3)
+    assert torch.equal(traced(x), model(x))
+
+
 @pytest.mark.parametrize('name', ['awm_resnet14_cifar', 'awm_densenet22_cifar'])
 @pytest.mark.parametrize('amp, backend', [(False, 'aot_eager'), (True, 'eager')])  # decompositions round bfloat16 anew
 def test_compile_without_graph_breaks(name, amp, backend):
@@ -343,13 +379,38 @@ def test_autocast(name, dtype):
 
 
 @pytest.mark.parametrize('name', ['awm_resnet14_cifar', 'awm_densenet22_cifar', 'awm_resnet26d'])
-def test_activation_checkpointing_has_the_same_gradients(name):
-    grads = []
+def test_activation_checkpointing_keeps_less_and_has_the_same_gradients(name):
+    grads, kept = [], []
+
+    def keep(x):
+        kept[-1] += x.numel()
+        return x
+
     for checkpointing in (False, True):
         model = create(name, trained=True)
         model.set_grad_checkpointing(checkpointing)
-        model(images()).square().sum().backward()
+        kept.append(0)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            out = model(images())
+        out.square().sum().backward()
         grads.append([p.grad for p in model.parameters()])
+    assert kept[1] < 0.8 * kept[0]
+    for a, b in zip(*grads):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize('reentrant', [False, True])
+def test_dense_merges_learn_under_checkpointing_while_the_backbone_is_frozen(reentrant, request):
+    set_reentrant_ckpt(reentrant)
+    request.addfinalizer(lambda: set_reentrant_ckpt(False))
+    grads = []
+    for checkpointing in (False, True):
+        model = create('awm_densenet22_cifar', trained=True)
+        for name, p in model.named_parameters():
+            p.requires_grad_('.merge.' in name)
+        model.set_grad_checkpointing(checkpointing)
+        model(images()).square().sum().backward()
+        grads.append([p.grad for p in model.parameters() if p.requires_grad])
     for a, b in zip(*grads):
         torch.testing.assert_close(a, b)
 
@@ -390,11 +451,17 @@ def test_input_smaller_than_the_stride(name, size, stride):
         create(name)(torch.randn(1, 3, *size))
 
 
+def test_input_smaller_than_the_stride_of_a_pruned_model():
+    model = create('awm_resnet18')
+    model.prune_intermediate_layers([1])
+    assert model(images()[..., :4, :4]).shape == (2, 64, 1, 1)
+    with pytest.raises(AssertionError, match='at least 4, the stride'):
+        model(images()[..., :3, :3])
+
+
 def refused(model, state_dict, message):
-    before = copy.deepcopy(model.state_dict())
     with pytest.raises(RuntimeError, match=message):
         model.load_state_dict(state_dict)
-    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())  # nothing was half loaded
 
 
 def test_checkpoints_that_do_not_fit():
@@ -405,8 +472,10 @@ def test_checkpoints_that_do_not_fit():
     plain = create('awm_resnet14_cifar', awm=False, seed=1)
     refused(model, plain.state_dict(), 'plain network.*pretrained_cfg_overlay')
     damaged = other.state_dict()
-    del damaged['layer2.1.merge.mix.fc1.weight']
+    del damaged['layer2.1.merge.mix.weight1']
     refused(model, damaged, 'lacks 1 of the 12 merge weights.*layer2.1')
+    refused(model, dict(state_dict=other.state_dict(), epoch=3), 'timm.models.load_checkpoint')
+    refused(model, {f'module.{k}': v for k, v in other.state_dict().items()}, 'timm.models.load_checkpoint')
     model.load_state_dict(other.state_dict())
     assert torch.equal(model(images()), other(images()))
 
@@ -422,9 +491,21 @@ def test_plain_checkpoint_starts_awm_at_the_identity(tmp_path):
     assert torch.equal(fewer.forward_features(x), plain.forward_features(x))
 
 
+@pytest.mark.parametrize('awm', [True, False])
+def test_torchvisions_densenet_checkpoint_loads(awm, tmp_path):
+    plain = timm.create_model('densenet121').eval()
+    names = {k: re.sub(r'(denselayer\d+\.(?:norm|conv))(\d)', r'\1.\2', k) for k in plain.state_dict()}
+    assert 'features.denseblock1.denselayer1.norm.1.weight' in names.values()
+    tensors = {k: v for k, v in plain.state_dict().items() if not k.endswith('num_batches_tracked')}
+    torch.save({names[k]: v for k, v in tensors.items()}, tmp_path / 'torchvision.pth')
+    overlay = dict(file=str(tmp_path / 'torchvision.pth'))
+    model = create('awm_densenet121', awm=awm, pretrained=True, pretrained_cfg_overlay=overlay).eval()
+    assert torch.equal(model(images()), plain(images()))
+
+
 def test_damaged_checkpoint_is_not_taken_for_a_plain_one(tmp_path):
     damaged = create('awm_resnet14_cifar', trained=True).state_dict()
-    del damaged['layer1.0.merge.mix.fc2.weight']
+    del damaged['layer1.0.merge.mix.weight2']
     save_file(damaged, tmp_path / 'damaged.safetensors')
     for num_classes in (10, 3):  # timm loads without strict where the classes differ
         with pytest.raises(RuntimeError, match='lacks 1 of the 12 merge weights'):

@@ -1,5 +1,7 @@
 import copy
+import gc
 import logging
+import pickle
 
 import pytest
 import timm
@@ -25,7 +27,7 @@ class Net(nn.Module):
         self.merges = nn.ModuleList(SumMerge(8, 4) for _ in range(2))
         self.fc = nn.Linear(8, 5)
         for merge in self.merges:
-            nn.init.normal_(merge.mix.fc2.weight, std=0.5)
+            nn.init.normal_(merge.mix.weight2, std=0.5)
 
     def forward(self, x):
         x = self.stem(x)
@@ -201,6 +203,93 @@ def test_gradients_from_before_the_freeze_are_dropped():
     assert all(torch.equal(p, q) for p, q in zip(sides(model)['merge'], before))
 
 
+def all_require_grad(model):
+    return all(p.requires_grad for p in model.parameters())
+
+
+def test_nothing_stays_frozen_when_the_optimizer_is_gone():
+    model = net()
+    optimizer = alternating(model, base='sgd', period=1, lr=.1)
+    train(model, optimizer, 2)
+    assert not all_require_grad(model)
+    del optimizer
+    gc.collect()
+    assert all_require_grad(model)
+
+
+def test_unfreeze():
+    model = net()
+    optimizer = alternating(model, base='sgd', period=1, lr=.1)
+    train(model, optimizer, 2)
+    optimizer.unfreeze()
+    assert all_require_grad(model)
+    optimizer.set_epoch(2)
+    assert not any(p.requires_grad for p in sides(model)['merge'])
+
+
+@pytest.mark.parametrize('epochs, missing', [(1, 'AWM merge'), (2, 'backbone')])
+def test_a_side_that_another_optimizer_has_frozen_is_missed(epochs, missing):
+    model = net()
+    optimizer = alternating(model, base='sgd', period=1, lr=.1)
+    train(model, optimizer, epochs)
+    with pytest.raises(ValueError, match=rf'found no {missing}.*unfreeze\(\)'):
+        alternating(model, base='sgd', period=1, lr=.1)
+    optimizer.unfreeze()
+    train(model, alternating(model, base='sgd', period=1, lr=.1), 2)
+
+
+def test_copies_go_on_alike():
+    model = net()
+    optimizer = alternating(model, base='sgd', period=2, lr=.1, momentum=.9)
+    train(model, optimizer, 3)
+    other, other_optimizer = copy.deepcopy((model, optimizer))
+    third, third_optimizer = pickle.loads(pickle.dumps((model, optimizer)))
+    for m, o in ((model, optimizer), (other, other_optimizer), (third, third_optimizer)):
+        assert o.param_groups is o.base.param_groups
+        train(m, o, 7, start=3)
+    assert_equal(model, other)
+    assert_equal(model, third)
+
+
+def test_loading_a_state_of_the_other_phase_loses_no_step():
+    model = net()
+    optimizer = alternating(model, base='sgd', period=1, lr=.1)
+    optimizer.set_epoch(0)
+    early = copy.deepcopy(optimizer.state_dict())
+    optimizer.set_epoch(1)
+    optimizer.load_state_dict(early)
+    before = copy.deepcopy(model)
+    loss_of(model, 0).backward()
+    optimizer.step()
+    assert not any(torch.equal(p, q) for p, q in zip(sides(model)['backbone'], sides(before)['backbone']))
+    assert all(torch.equal(p, q) for p, q in zip(sides(model)['merge'], sides(before)['merge']))
+
+
+@pytest.mark.parametrize('epoch', [-1, 1.5, '3', torch.tensor(1), None, True])
+def test_impossible_epochs_are_refused(epoch):
+    optimizer = alternating(net(), base='sgd', period=1, lr=.1)
+    with pytest.raises(ValueError, match='epoch must be a whole number'):
+        optimizer.set_epoch(epoch)
+    assert optimizer.epoch is None
+
+
+def test_steps_that_a_scaler_skips():
+    model = net()
+    optimizer = alternating(model, base='sgd', period=1, lr=.1, momentum=.9)
+    scaler = torch.amp.GradScaler('cpu', init_scale=2.)
+    for epoch in range(2):
+        optimizer.set_epoch(epoch)
+        for factor in (float('inf'), 1.):
+            before = copy.deepcopy(model)
+            scaler.scale(loss_of(model, epoch) * factor).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            for side, params in sides(model).items():
+                still = all(torch.equal(p, q) for p, q in zip(params, sides(before)[side]))
+                assert still == (factor != 1. or side != optimizer.phase)
+
+
 def test_what_the_user_froze_stays_frozen():
     model = net()
     model.stem.requires_grad_(False)
@@ -271,6 +360,10 @@ def test_added_groups_are_split_and_trained():
     head(torch.ones(1, 5)).sum().backward()
     optimizer.step()
     assert torch.equal(before.weight - .5, head.weight)
+    late = nn.Linear(5, 5)
+    optimizer.set_epoch(1)
+    optimizer.add_param_group(dict(params=list(late.parameters())))
+    assert not any(p.requires_grad for p in late.parameters())  # comes in frozen in the middle of a merge phase
 
 
 def test_named_parameters_are_accepted():
@@ -328,13 +421,14 @@ def test_schedule(period, merge_period, phases):
 
 
 @pytest.mark.parametrize('kwargs, message', [
-    (dict(period=-1), 'period counts epochs.*at least 0, got -1'),
-    (dict(period=1.5), 'period counts epochs.*got 1.5'),
-    (dict(period='three'), "period counts epochs.*got 'three'"),
-    (dict(period=True), 'period counts epochs.*got True'),
-    (dict(merge_period=0), 'merge_period counts epochs.*at least 1, got 0'),
+    (dict(period=-1), 'period must be a whole number of epochs.*at least 0, got -1'),
+    (dict(period=1.5), 'period must be a whole number of epochs.*got 1.5'),
+    (dict(period='three'), "period must be a whole number of epochs.*got 'three'"),
+    (dict(period=True), 'period must be a whole number of epochs.*got True'),
+    (dict(merge_period=0), 'merge_period must be a whole number of epochs.*at least 1, got 0'),
     (dict(period=0, merge_period=1), 'merge_period makes no sense with period=0'),
     (dict(base='sdg'), "Unknown base optimizer 'sdg', the nearest is 'sgd'"),
+    (dict(base='SDG'), "Unknown base optimizer 'SDG', the nearest is 'sgd'"),
     (dict(base='awm_sgd'), "Unknown base optimizer 'awm_sgd', the nearest is 'sgd'"),
     (dict(base='lookahead_adam'), '--opt lookahead_alternating'),
     (dict(base='alternating'), "Unknown base optimizer 'alternating'"),

@@ -87,6 +87,11 @@ def weighted_concat(maps: List[Tensor], scales: Tensor) -> Tensor:
 
     Returns:
         (batch, sum of channels, height, width).
+
+    Raises:
+        ValueError: The number of maps is not that of the weights.
     """
+    if len(maps) != scales.shape[1]:
+        raise ValueError(f'Got {len(maps)} maps for {scales.shape[1]} mixing weights: a merge takes one map per path.')
     weights = scales.view(-1, len(maps), 1, 1, 1).unbind(1)
     return torch.cat([(w * x).to(x.dtype) for w, x in zip(weights, maps)], dim=1)

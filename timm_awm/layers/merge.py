@@ -3,15 +3,21 @@
 Paper: "Residual Convolutional Neural Network Revisited with Active Weighted Mapping" (Jung et al., 2018), section 3.1
 for sums, section 4.3 and Fig. 8 for concatenations.
 """
+import math
 import weakref
 from typing import Any, Dict, List, Optional, Sequence
 
 import torch
+import torch.fx
 from torch import Tensor, nn
 
 from .functional import descriptor, mixing_logits, scaled_mixing_weights, weighted_concat, weighted_sum
 
 __all__ = ['MixingWeights', 'SumMerge', 'ConcatMerge', 'merge_parameters']
+
+# torch.fx cannot follow the dtype and the device of a proxy
+for _name in ('descriptor', 'mixing_logits', 'weighted_concat'):
+    torch.fx.wrap(_name)
 
 # An optimizer is handed parameters, never the model: this is how it can tell which of them belong to a merge.
 _live: 'weakref.WeakSet[MixingWeights]' = weakref.WeakSet()
@@ -20,7 +26,8 @@ _live: 'weakref.WeakSet[MixingWeights]' = weakref.WeakSet()
 class MixingWeights(nn.Module):
     """Infers the mixing weights λ of n paths from their descriptors (eq. 4 and the normalisation after it).
 
-    Two FC layers without bias; W2 starts at zero, so that every λ starts at exactly 1/n (`reference.md`: the authors'
+    Two FC layers without bias: W1, (hidden_features, num_features), and W2, (num_paths, hidden_features).
+    W1 starts as in `torch.nn.Linear`, W2 at zero, so that every λ starts at exactly 1/n (`reference.md`: the authors'
     code does the same, which is the paper's "we set the weight values to 0.5").
 
     Args:
@@ -36,10 +43,15 @@ class MixingWeights(nn.Module):
         if not isinstance(hidden_features, int) or hidden_features < 1:
             raise ValueError(f'The hidden layer of a merge needs a positive whole width, got {hidden_features!r}.')
         self.num_paths = num_paths
-        self.fc1 = nn.Linear(num_features, hidden_features, bias=False, device=device, dtype=dtype)
-        self.fc2 = nn.Linear(hidden_features, num_paths, bias=False, device=device, dtype=dtype)
-        nn.init.zeros_(self.fc2.weight)
+        # no nn.Linear: whatever swaps or hooks those would miss that both are applied in float32
+        self.weight1 = nn.Parameter(torch.empty(hidden_features, num_features, device=device, dtype=dtype))
+        self.weight2 = nn.Parameter(torch.empty(num_paths, hidden_features, device=device, dtype=dtype))
+        self.reset_parameters()
         _live.add(self)
+
+    def reset_parameters(self) -> None:
+        nn.init.kaiming_uniform_(self.weight1, a=math.sqrt(5))
+        nn.init.zeros_(self.weight2)
 
     def __setstate__(self, state: Dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -53,7 +65,7 @@ class MixingWeights(nn.Module):
         Returns:
             n · λ, (batch, num_paths).
         """
-        return scaled_mixing_weights(mixing_logits(z, self.fc1.weight, self.fc2.weight))
+        return scaled_mixing_weights(mixing_logits(z, self.weight1, self.weight2))
 
 
 class SumMerge(nn.Module):

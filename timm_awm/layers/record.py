@@ -28,13 +28,14 @@ def record_mixing_weights(model: nn.Module) -> Iterator[Dict[str, Tensor]]:
         model: A model with merges.
 
     Yields:
-        A dict, filled by each forward pass anew: name of the merge -> (batch, paths), in order of execution.
+        A dict, filled by each forward pass anew: name of the merge -> (batch, paths), in order of execution. The λ can
+        be differentiated, and a merge that runs twice in a pass leaves its last; use `torch.no_grad` to only look.
 
     Raises:
         ValueError: The model has no merge; TorchScript and exported programs have lost theirs.
     """
     mixes = {
-        name.rpartition('.')[0]: module
+        name.removesuffix('.mix'): module
         for name, module in unwrap_model(model).named_modules()
         if isinstance(module, MixingWeights)
     }

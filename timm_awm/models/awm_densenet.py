@@ -12,22 +12,19 @@ from functools import partial
 from typing import Any, Dict, List
 
 import torch
+import torch.fx
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import (
-    DenseNet,
-    build_model_with_cfg,
-    checkpoint,
-    generate_default_cfgs,
-    register_model,
-)
-from timm.models.densenet import DenseBlock, DenseLayer
+from timm.models import DenseNet, checkpoint, generate_default_cfgs, register_model
+from timm.models.densenet import DenseBlock, DenseLayer, _filter_torchvision_pretrained
 from torch import Tensor, nn
 
 from ..layers import ConcatMerge, descriptor
-from ._awm import CIFAR10_CFG, AwmModel, checkpoint_filter_fn
+from ._awm import CIFAR10_CFG, AwmModel, create_awm_model, refuse_stem_arguments
 
-__all__ = ['AwmDenseLayer', 'AwmDenseBlock', 'AwmDenseNet', 'CifarDenseNet', 'AwmCifarDenseNet', 'insert_concat_merges']
+__all__ = ['AwmDenseNet', 'CifarDenseNet', 'AwmCifarDenseNet', 'insert_concat_merges']
+
+torch.fx.wrap('descriptor')  # torch.fx cannot follow the dtype of a proxy
 
 
 class AwmDenseLayer(DenseLayer):
@@ -54,7 +51,8 @@ class AwmDenseLayer(DenseLayer):
         Returns:
             The layer's own map, (batch, growth_rate, height, width).
         """
-        if self.grad_checkpointing and not torch.jit.is_scripting():
+        # as timm does it: re-entrant checkpointing gives no gradients at all if no input requires one
+        if self.grad_checkpointing and not torch.jit.is_scripting() and self.any_requires_grad(maps):
             x = self.checkpointed_bottleneck(maps, descriptors)
         else:
             x = self.bottleneck(maps, descriptors)
@@ -88,8 +86,14 @@ def insert_concat_merges(model: nn.Module, hidden_features: int = 24) -> None:
     """Give every dense block of timm's its merges, in place, at the identity start.
 
     The blocks and layers change class and keep all else: parameters and their names, hooks, mode.
+
+    Raises:
+        ValueError: The model has no such block.
     """
-    for block in [m for m in model.modules() if type(m) is DenseBlock]:
+    blocks = [m for m in model.modules() if type(m) is DenseBlock and len(m)]
+    if not blocks:
+        raise ValueError(f"{type(model).__name__} has no dense block of timm's own class to give merges to.")
+    for block in blocks:
         layers = list(block.values())
         weight = layers[0].conv1.weight
         new_merge = partial(ConcatMerge, hidden_features=hidden_features, device=weight.device, dtype=weight.dtype)
@@ -117,7 +121,12 @@ class AwmDenseNet(AwmModel, DenseNet):
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
-        return _with_merges(super().group_matcher(coarse))
+        matcher = super().group_matcher(coarse)
+        if isinstance(matcher['blocks'], list):
+            # the merge at a block's end belongs to the block's last layer, as timm's transition does
+            (_, _), (_, same_as_previous) = matcher['blocks']
+            matcher['blocks'].append((r'^features\.denseblock(\d+)\.merge', same_as_previous))
+        return matcher
 
 
 class CifarDenseNet(DenseNet):
@@ -128,6 +137,7 @@ class CifarDenseNet(DenseNet):
     """
 
     def __init__(self, *args, in_chans: int = 3, device=None, dtype=None, **kwargs) -> None:
+        refuse_stem_arguments(kwargs, 'stem_type')
         # timm's stem is made for large images: build with it, four times too coarse, then correct
         super().__init__(*args, in_chans=in_chans, device=device, dtype=dtype, **kwargs)
         conv0 = self.features.conv0
@@ -141,7 +151,7 @@ class CifarDenseNet(DenseNet):
             info['reduction'] //= 4
 
 
-class AwmCifarDenseNet(AwmModel, CifarDenseNet):
+class AwmCifarDenseNet(AwmDenseNet, CifarDenseNet):
     """CifarDenseNet with AWM merges.
 
     Args:
@@ -149,37 +159,14 @@ class AwmCifarDenseNet(AwmModel, CifarDenseNet):
         **kwargs: As for `CifarDenseNet`.
     """
 
-    def __init__(self, *args, awm_hidden: int = 24, **kwargs) -> None:
-        super().__init__(*args, **kwargs)
-        insert_concat_merges(self, awm_hidden)
-        self.total_stride = self.feature_info[-1]['reduction']
 
-    @torch.jit.ignore
-    def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
-        return _with_merges(super().group_matcher(coarse))
-
-
-def _with_merges(matcher: Dict[str, Any]) -> Dict[str, Any]:
-    """Puts the merge at a dense block's end into the group of the block's last layer, as timm does its transition."""
-    if isinstance(matcher['blocks'], list):
-        (_, _), (_, same_as_previous) = matcher['blocks']
-        matcher['blocks'].append((r'^features\.denseblock(\d+)\.merge', same_as_previous))
-    return matcher
-
-
-def _create_awm_densenet(variant: str, pretrained: bool = False, awm: bool = True, **kwargs) -> DenseNet:
-    """
-    Args:
-        variant: Name of the model.
-        pretrained: Load pretrained weights.
-        awm: False builds the plain control, of timm's own classes.
-        **kwargs: As for `AwmDenseNet`.
-    """
-    return build_model_with_cfg(
-        AwmDenseNet if awm else DenseNet,
+def _create_awm_densenet(variant: str, pretrained: bool = False, **kwargs) -> DenseNet:
+    return create_awm_model(
+        AwmDenseNet,
+        DenseNet,
         variant,
         pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn if awm else None,
+        pretrained_filter_fn=_filter_torchvision_pretrained,
         feature_cfg=dict(flatten_sequential=True),
         **kwargs,
     )
@@ -189,16 +176,14 @@ def _create_awm_densenet_cifar(
         variant: str,
         layers_per_block: int,
         pretrained: bool = False,
-        awm: bool = True,
         **kwargs,
 ) -> CifarDenseNet:
-    """As `_create_awm_densenet`, for growth 12 and three blocks of bottleneck layers."""
     model_args = dict(growth_rate=12, block_config=(layers_per_block,) * 3)
-    return build_model_with_cfg(
-        AwmCifarDenseNet if awm else CifarDenseNet,
+    return create_awm_model(
+        AwmCifarDenseNet,
+        CifarDenseNet,
         variant,
         pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn if awm else None,
         feature_cfg=dict(flatten_sequential=True, out_indices=(0, 1, 2, 3)),
         **dict(model_args, **kwargs),
     )

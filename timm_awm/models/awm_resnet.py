@@ -13,20 +13,13 @@ Papers:
 from typing import Any, Dict, List, Optional, Tuple, Union
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import (
-    BasicBlock,
-    Bottleneck,
-    ResNet,
-    build_model_with_cfg,
-    generate_default_cfgs,
-    register_model,
-)
+from timm.models import BasicBlock, Bottleneck, ResNet, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from ..layers import SumMerge
-from ._awm import CIFAR10_CFG, AwmModel, checkpoint_filter_fn
+from ._awm import CIFAR10_CFG, AwmModel, create_awm_model, refuse_stem_arguments
 
-__all__ = ['AwmBasicBlock', 'AwmBottleneck', 'AwmResNet', 'CifarResNet', 'AwmCifarResNet', 'insert_sum_merges']
+__all__ = ['AwmResNet', 'CifarResNet', 'AwmCifarResNet', 'insert_sum_merges']
 
 
 class AwmBasicBlock(BasicBlock):
@@ -63,16 +56,20 @@ def insert_sum_merges(model: nn.Module, hidden_features: int = 16) -> None:
 
     The blocks change class and keep all else: parameters and their names, hooks, mode. So the network is initialised
     before its merges are, and draws the same random numbers as the plain one.
+
+    Raises:
+        ValueError: The model has no such block.
     """
-    for block in list(model.modules()):
+    blocks = [m for m in model.modules() if type(m) in (BasicBlock, Bottleneck)]
+    if not blocks:
+        raise ValueError(f"{type(model).__name__} has no BasicBlock or Bottleneck of timm's own to give merges to.")
+    for block in blocks:
         if type(block) is BasicBlock:
             last_conv = block.conv2
             block.__class__ = AwmBasicBlock
-        elif type(block) is Bottleneck:
+        else:
             last_conv = block.conv3
             block.__class__ = AwmBottleneck
-        else:
-            continue
         weight = last_conv.weight
         block.merge = SumMerge(last_conv.out_channels, hidden_features, device=weight.device, dtype=weight.dtype)
         block.merge.train(block.training)
@@ -101,6 +98,7 @@ class CifarResNet(ResNet):
     """
 
     def __init__(self, *args, in_chans: int = 3, output_stride: int = 4, device=None, dtype=None, **kwargs) -> None:
+        refuse_stem_arguments(kwargs, 'stem_type', 'stem_width', 'replace_stem_pool', 'channels')
         if output_stride not in (2, 4):
             raise ValueError(f'A CIFAR ResNet has an output stride of 2 or 4, not {output_stride}.')
         # timm's stem and strides are made for large images: build with those, four times too coarse, then correct
@@ -159,7 +157,8 @@ class CifarResNet(ResNet):
         last = max(taps)
         for i in range(last + 1, 4):
             setattr(self, f'layer{i}', nn.Sequential())
-        self.num_features = self.head_hidden_size = self.feature_info[last]['num_chs']
+        if last < 3:
+            self.num_features = self.head_hidden_size = self.feature_info[last]['num_chs']
         if prune_head or last < 3:
             self.reset_classifier(0, '')
         return taps
@@ -174,7 +173,7 @@ class CifarResNet(ResNet):
         return taps
 
 
-class AwmCifarResNet(AwmModel, CifarResNet):
+class AwmCifarResNet(AwmResNet, CifarResNet):
     """CifarResNet with AWM merges.
 
     Args:
@@ -182,43 +181,23 @@ class AwmCifarResNet(AwmModel, CifarResNet):
         **kwargs: As for `CifarResNet`.
     """
 
-    def __init__(self, *args, awm_hidden: int = 16, **kwargs) -> None:
-        super().__init__(*args, **kwargs)
-        insert_sum_merges(self, awm_hidden)
-        self.total_stride = self.feature_info[-1]['reduction']
 
-
-def _create_awm_resnet(variant: str, pretrained: bool = False, awm: bool = True, **kwargs) -> ResNet:
-    """
-    Args:
-        variant: Name of the model.
-        pretrained: Load pretrained weights.
-        awm: False builds the plain control, of timm's own classes.
-        **kwargs: As for `AwmResNet`.
-    """
+def _create_awm_resnet(variant: str, pretrained: bool = False, **kwargs) -> ResNet:
     kwargs.setdefault('zero_init_last', False)  # a zero F has no descriptor to weigh it by; alike in the control
-    return build_model_with_cfg(
-        AwmResNet if awm else ResNet,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn if awm else None,
-        **kwargs,
-    )
+    return create_awm_model(AwmResNet, ResNet, variant, pretrained, **kwargs)
 
 
 def _create_awm_resnet_cifar(
         variant: str,
         blocks_per_stage: int,
         pretrained: bool = False,
-        awm: bool = True,
         **kwargs,
 ) -> CifarResNet:
-    """As `_create_awm_resnet`, for 6n + 2 layers with n blocks per stage."""
-    return build_model_with_cfg(
-        AwmCifarResNet if awm else CifarResNet,
+    return create_awm_model(
+        AwmCifarResNet,
+        CifarResNet,
         variant,
         pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn if awm else None,
         feature_cfg=dict(out_indices=(0, 1, 2, 3)),
         **dict(dict(block=BasicBlock, layers=(blocks_per_stage,) * 3, zero_init_last=False), **kwargs),
     )

@@ -5,7 +5,7 @@ Paper: "Residual Convolutional Neural Network Revisited with Active Weighted Map
 import difflib
 import logging
 import weakref
-from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Tuple, Union
+from typing import Any, Callable, Dict, Iterable, List, Optional, Tuple, Union
 
 import torch.distributed as dist
 from timm.optim import create_optimizer_v2, list_optimizers
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..layers import merge_parameters
-from .schedule import BACKBONE, JOINT, MERGE, PhaseSchedule
+from .schedule import BACKBONE, JOINT, MERGE, PhaseSchedule, check_whole
 
 __all__ = ['Alternating', 'set_epoch']
 
@@ -29,6 +29,9 @@ class Alternating(Optimizer):
     momentum, and its optimizer state waits unchanged. (What an optimizer counts for itself as a whole and not for a
     parameter or a group, as MADGRAD does, goes on counting.)
 
+    Frozen parameters have `requires_grad` False until their phase comes, or `unfreeze` is called, or the optimizer is
+    gone. Parameters that are frozen already when a phase begins stay so.
+
     Each parameter group is split in two, one for each side, marked by its key 'side'.
 
     Args:
@@ -39,7 +42,7 @@ class Alternating(Optimizer):
         **kwargs: lr, weight_decay, ... of the base optimizer, as for `timm.optim.create_optimizer_v2`.
 
     Raises:
-        ValueError: No parameter belongs to a merge; the base is unknown; a period is not a number of epochs.
+        ValueError: A side has no parameter; the base is unknown; a period is not a number of epochs.
     """
 
     def __init__(
@@ -52,22 +55,38 @@ class Alternating(Optimizer):
     ) -> None:
         self.schedule = PhaseSchedule(period, merge_period)
         self.epoch: Optional[int] = None
-        self._idle: Optional[str] = None
-        self._frozen: List[Tensor] = []
+        self._frozen: List[Tensor] = []  # by this optimizer; the same list for life
         params = list(params)
         groups = params if params and isinstance(params[0], dict) else [{'params': params}]
         groups = [part for group in groups for part in _split(group)]
-        if not any(group['side'] == MERGE for group in groups):
-            raise ValueError(
-                'The alternating optimizer found no AWM merge among the parameters it was given. Use a model with '
-                "merges (awm_*, without awm=False, and torch.compile in place of TorchScript), or train this one with "
-                f"its base alone: --opt {base}")
-        self.base = create_optimizer_v2(groups, opt=_known(base), **kwargs)
+        base = _known(base)
+        for side, found in ((MERGE, 'AWM merge'), (BACKBONE, 'backbone')):
+            if not any(group['side'] == side for group in groups):
+                raise ValueError(
+                    f'The alternating optimizer found no {found} among the parameters it was given. Use a model with '
+                    'merges (awm_*, without awm=False, and torch.compile in place of TorchScript), or train this one '
+                    f'with its base alone: --opt {base}. If an earlier alternating optimizer has left this side '
+                    'frozen, call its unfreeze() first.')
+        self.base = create_optimizer_v2(groups, opt=base, **kwargs)
         super().__init__(self.base.param_groups, self.base.defaults)
         # one list and one state for both: what schedulers, scalers and users change here, the base sees
+        self._share()
+        self._enlist()
+
+    def _share(self) -> None:
         self.param_groups = self.base.param_groups
         self.state = self.base.state
+
+    def _enlist(self) -> None:
         _live.add(self)
+        weakref.finalize(self, _thaw, self._frozen).atexit = False
+
+    def __getstate__(self) -> Dict[str, Any]:
+        return self.__dict__.copy()  # torch's own knows only its own attributes
+
+    def __setstate__(self, state: Dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._enlist()  # copied or unpickled
 
     @property
     def is_second_order(self) -> bool:
@@ -84,24 +103,35 @@ class Alternating(Optimizer):
             return JOINT
         if self.epoch is None:
             raise RuntimeError(
-                'The alternating optimizer does not know the epoch. timm\'s train.py tells it; any other training '
-                'loop calls optimizer.set_epoch(epoch) at the start of each epoch, before its first forward pass.')
+                "The alternating optimizer does not know the epoch. timm's train.py tells it if timm_awm is imported "
+                'through --device-modules timm_awm and not before; any other training loop calls '
+                'optimizer.set_epoch(epoch) at the start of each epoch, before its first forward pass.')
         return self.schedule.phase(self.epoch)
 
     def set_epoch(self, epoch: int) -> None:
         """Start an epoch, counted from 0: freezes the side that is not to be trained in it.
 
         Call it before the epoch's first forward pass, and after a model has been wrapped in DDP.
+
+        Raises:
+            ValueError: The epoch is no whole number of at least 0.
         """
+        check_whole('epoch', epoch, 0)
         self.epoch = epoch
         self._freeze()
-        sizes = {side: sum(p.numel() for p in self._parameters(side)) for side in (BACKBONE, MERGE)}
-        trained = sizes.get(self.phase, sum(sizes.values()))
+        params = [p for group in self.param_groups for p in group['params']]
+        total, trained = sum(p.numel() for p in params), sum(p.numel() for p in params if p.requires_grad)
         if not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0:
-            _logger.info(f'Epoch {epoch}: {self.phase} phase, trains {trained:,} of {sum(sizes.values()):,} parameters')
+            _logger.info(f'Epoch {epoch}: {self.phase} phase, trains {trained:,} of {total:,} parameters')
+
+    def unfreeze(self) -> None:
+        """Give back what the optimizer has frozen, for what comes after the training; `set_epoch` freezes again."""
+        _thaw(self._frozen)
 
     def step(self, closure: Optional[Callable[[], float]] = None) -> Optional[float]:  # type: ignore[override]
-        idle = self._freeze()
+        idle = self._idle
+        for p in self._parameters(idle):
+            p.grad = None  # computed before the freeze, or put there by DDP
         groups = self.base.param_groups
         # out of the base's sight, as some optimizers count steps per group
         self.base.param_groups = [group for group in groups if group['side'] != idle]
@@ -113,6 +143,8 @@ class Alternating(Optimizer):
     def add_param_group(self, param_group: Dict[str, Any]) -> None:
         for part in _split(param_group):
             super().add_param_group(part)
+        if self._frozen:
+            self._freeze()
 
     def state_dict(self) -> Dict[str, Any]:
         state_dict = self.base.state_dict()
@@ -120,43 +152,47 @@ class Alternating(Optimizer):
         return {**state_dict, 'alternating': {'epoch': self.epoch, 'phase': phase}}
 
     def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
-        """As of any optimizer. Goes on in the saved epoch until `set_epoch` says otherwise.
+        """As of any optimizer. Steps go on in the saved epoch; gradients are computed for both sides until `set_epoch`
+        freezes one, for DDP, if it is to come, must not find a frozen side.
 
         Raises:
             ValueError: The state was saved from an optimizer of other parameter groups, such as a bare base.
         """
         sides = [group.get('side') for group in state_dict['param_groups']]
-        if sides != [group['side'] for group in self.param_groups]:
+        if 'alternating' not in state_dict or sides != [group['side'] for group in self.param_groups]:
             raise ValueError(
                 'This optimizer state was not saved by an alternating optimizer of the same model and the same '
                 'parameter groups. Resume with the --opt that the run was started with, or with --no-resume-opt.')
         self.base.load_state_dict(state_dict)
-        self.param_groups = self.base.param_groups
-        self.state = self.base.state
+        self._share()
         self.epoch = state_dict['alternating']['epoch']
+        self.unfreeze()
 
-    def _parameters(self, side: Optional[str]) -> Iterator[Tensor]:
-        return (p for group in self.param_groups if group['side'] == side for p in group['params'])
+    @property
+    def _idle(self) -> Optional[str]:
+        return {BACKBONE: MERGE, MERGE: BACKBONE, JOINT: None}[self.phase]
 
-    def _freeze(self) -> Optional[str]:
-        """Freezes the idle side, returns which it is."""
-        idle = {BACKBONE: MERGE, MERGE: BACKBONE, JOINT: None}[self.phase]
-        if idle != self._idle:
-            for p in self._frozen:
-                p.requires_grad_(True)
-            self._frozen = [p for p in self._parameters(idle) if p.requires_grad]  # not what a user has frozen himself
-            for p in self._frozen:
-                p.requires_grad_(False)
-            self._idle = idle
-        for p in self._parameters(idle):
-            p.grad = None  # computed before the freeze, or put there by DDP
-        return idle
+    def _parameters(self, side: Optional[str]) -> List[Tensor]:
+        return [p for group in self.param_groups if group['side'] == side for p in group['params']]
+
+    def _freeze(self) -> None:
+        self.unfreeze()
+        self._frozen += [p for p in self._parameters(self._idle) if p.requires_grad]
+        for p in self._frozen:
+            p.requires_grad_(False)
+            p.grad = None
 
 
 def set_epoch(epoch: int) -> None:
     """Tell every alternating optimizer of this process which epoch starts."""
     for optimizer in list(_live):
         optimizer.set_epoch(epoch)
+
+
+def _thaw(frozen: List[Tensor]) -> None:
+    for p in frozen:
+        p.requires_grad_(True)
+    frozen.clear()
 
 
 def _split(group: Dict[str, Any]) -> List[Dict[str, Any]]:
@@ -175,10 +211,11 @@ def _split(group: Dict[str, Any]) -> List[Dict[str, Any]]:
 
 def _known(base: str) -> str:
     names = [name for name in list_optimizers() if name != 'alternating']
-    if base in names:
-        return base
-    nearest = difflib.get_close_matches(str(base).rpartition('_')[2], names, n=1, cutoff=0)
-    hint = '; for lookahead use --opt lookahead_alternating' if str(base).startswith('lookahead_') else ''
+    lower = str(base).lower()  # as timm does with --opt
+    if lower in names:
+        return lower
+    nearest = difflib.get_close_matches(lower.rpartition('_')[2], names, n=1, cutoff=0)
+    hint = '; for lookahead use --opt lookahead_alternating' if lower.startswith('lookahead_') else ''
     raise ValueError(
         f'Unknown base optimizer {base!r}, the nearest is {nearest[0]!r}{hint}. '
         'timm.optim.list_optimizers() lists them all.')

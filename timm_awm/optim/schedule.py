@@ -2,7 +2,7 @@
 from dataclasses import dataclass
 from typing import Optional
 
-__all__ = ['BACKBONE', 'MERGE', 'JOINT', 'PhaseSchedule']
+__all__ = ['BACKBONE', 'MERGE', 'JOINT', 'PhaseSchedule', 'check_whole']
 
 BACKBONE = 'backbone'
 MERGE = 'merge'
@@ -24,11 +24,11 @@ class PhaseSchedule:
     merge_period: Optional[int] = None
 
     def __post_init__(self) -> None:
-        _check('period', self.period, 0)
+        check_whole('period', self.period, 0)
         if self.merge_period is not None:
             if self.period == 0:
                 raise ValueError('merge_period makes no sense with period=0, which trains both sides jointly.')
-            _check('merge_period', self.merge_period, 1)
+            check_whole('merge_period', self.merge_period, 1)
 
     def phase(self, epoch: int) -> str:
         """The phase of an epoch, counted from 0: BACKBONE, MERGE or JOINT."""
@@ -38,8 +38,10 @@ class PhaseSchedule:
         return BACKBONE if epoch % cycle < self.period else MERGE
 
 
-def _check(name: str, value: object, least: int) -> None:
+def check_whole(name: str, value: object, least: int) -> None:
+    """
+    Raises:
+        ValueError: The value is no number of epochs, or less than the least.
+    """
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(
-            f'{name} counts epochs and must be a whole number of at least {least}, got {value!r}; '
-            'for example: --opt-kwargs base=sgd period=3')
+        raise ValueError(f'{name} must be a whole number of epochs, at least {least}, got {value!r}')
