@@ -421,11 +421,11 @@ def test_schedule(period, merge_period, phases):
 
 
 @pytest.mark.parametrize('kwargs, message', [
-    (dict(period=-1), 'period must be a whole number of epochs.*at least 0, got -1'),
-    (dict(period=1.5), 'period must be a whole number of epochs.*got 1.5'),
-    (dict(period='three'), "period must be a whole number of epochs.*got 'three'"),
-    (dict(period=True), 'period must be a whole number of epochs.*got True'),
-    (dict(merge_period=0), 'merge_period must be a whole number of epochs.*at least 1, got 0'),
+    (dict(period=-1), 'period must be a whole number.*at least 0, got -1'),
+    (dict(period=1.5), 'period must be a whole number.*got 1.5'),
+    (dict(period='three'), "period must be a whole number.*got 'three'"),
+    (dict(period=True), 'period must be a whole number.*got True'),
+    (dict(merge_period=0), 'merge_period must be a whole number.*at least 1, got 0'),
     (dict(period=0, merge_period=1), 'merge_period makes no sense with period=0'),
     (dict(base='sdg'), "Unknown base optimizer 'sdg', the nearest is 'sgd'"),
     (dict(base='SDG'), "Unknown base optimizer 'SDG', the nearest is 'sgd'"),

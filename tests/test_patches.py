@@ -86,7 +86,7 @@ def test_the_optimizer_is_in_timms_registry():
 def script(train_one_epoch=None, create=create_optimizer_v2):
     module = ModuleType('__main__')
     module.create_optimizer_v2 = create
-    module.create_dataset = timm.data.create_dataset
+    module.create_dataset = timm.data.create_dataset.__wrapped__
     if train_one_epoch is not None:
         module.train_one_epoch = train_one_epoch
     return module
@@ -105,20 +105,22 @@ def test_other_scripts_are_left_alone(module, monkeypatch):
     assert vars(module) == before
 
 
-def test_the_clock_starts_with_timms_epoch(monkeypatch):
+def test_train_py_gets_the_clock_and_the_folder_check(monkeypatch):
     module = script(train_one_epoch=lambda epoch, loader, lr: (epoch, loader, lr))
     monkeypatch.setitem(sys.modules, '__main__', module)
     patches.hook_train_script()
     optimizer = create_optimizer_v2(timm.create_model('awm_resnet14_cifar'), opt='alternating', lr=.1, period=2)
     assert module.train_one_epoch(3, 'loader', lr=1) == (3, 'loader', 1)
     assert (optimizer.epoch, optimizer.phase) == (3, 'merge')
+    with pytest.raises(FileNotFoundError, match='data folder'):
+        module.create_dataset('', root='/no/such', split='train')
 
 
-@pytest.mark.parametrize(
-    'name, root', [('', '/no/such'), ('', None), ('hfds//no/such', None), ('hfds/./no-such', None)])
+@pytest.mark.parametrize('name, root', [
+    ('', '/no/such'), ('', None), ('hfds//no/such', None), ('hfds/./no-such', None), ('hfds/no/such/cifar10', None)])
 def test_missing_data_folder(name, root):
     with pytest.raises(FileNotFoundError, match='(?s)data folder .* does not exist. Give.*--data-dir.*--dataset hfds'):
-        patches._with_folder_check(timm.data.create_dataset)(name, root=root, split='train')
+        timm.data.create_dataset(name, root=root, split='train')
 
 
 def test_other_data_sets_pass_the_folder_check(tmp_path):

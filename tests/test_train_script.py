@@ -104,7 +104,7 @@ def test_validate(data, tmp_path):
 @pytest.mark.parametrize('args, message', [
     (('--dataset', 'hfds//no/such'), "data folder '/no/such' does not exist"),
     (('--model-kwargs', 'awm=False'), 'found no AWM merge.*--opt sgd'),
-    (('--opt-kwargs', 'base=sgd', 'period=1.5'), 'period must be a whole number of epochs.*got 1.5'),
+    (('--opt-kwargs', 'base=sgd', 'period=1.5'), 'period must be a whole number.*got 1.5'),
     (('--opt-kwargs', 'base=adamv', 'period=1'), "Unknown base optimizer 'adamv', the nearest is 'adam"),
 ])
 def test_errors_reach_the_user(args, message, data, tmp_path):

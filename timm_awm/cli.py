@@ -51,7 +51,7 @@ def _add_demo(commands) -> None:
         epilog='Example: timm-awm demo --output my-demo --epochs 24',
     )
     parser.add_argument('--output', type=Path, default=Path('timm-awm-demo'), help='new folder (%(default)s)')
-    parser.add_argument('--epochs', type=_positive, default=12, help='passes over the data (%(default)s)')
+    parser.add_argument('--epochs', type=_positive_int, default=12, help='passes over the data (%(default)s)')
     parser.add_argument('--period', type=int, default=2, help='epochs of a phase, 0 for joint training (%(default)s)')
     parser.add_argument('--seed', type=int, default=0, help='random seed (%(default)s)')
     parser.set_defaults(run=_demo)
@@ -61,7 +61,7 @@ def _demo(args: argparse.Namespace) -> None:
     try:
         from . import demo
     except ModuleNotFoundError as error:
-        raise RuntimeError(f"the demo needs {error.name}: pip install 'timm-awm[demo]'") from error
+        raise RuntimeError(f'the demo needs {error.name}: pip install ".[demo]", as the README says') from error
     demo.run(args.output, epochs=args.epochs, period=args.period, seed=args.seed)
 
 
@@ -92,7 +92,7 @@ def _models(args: argparse.Namespace) -> None:
         print(f'| {name} | {size} | {total:,} | {in_merges:,} | {len(merges)} |')
 
 
-def _positive(text: str) -> int:
+def _positive_int(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f'must be at least 1, got {value}')

@@ -1,6 +1,6 @@
 """The whole way of an AWM model in about a minute: train, save, load, look inside. Offline, on a CPU."""
 import os
-import shutil
+import tempfile
 from pathlib import Path
 from typing import Any, Dict, Tuple
 
@@ -66,15 +66,12 @@ def run(output: Path, epochs: int = 12, period: int = 2, seed: int = 0) -> None:
     """
     if output.exists():
         raise FileExistsError(f'{output} exists already: remove it, or choose another folder with --output.')
-    partial = output.with_name(f'{output.name}.partial')
-    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
-    partial.mkdir(parents=True)
-    try:
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f'.{output.name}.', dir=output.parent) as folder:
+        partial = Path(folder) / output.name
+        partial.mkdir()
         _run(partial, epochs, period, seed)
         os.replace(partial, output)
-    except BaseException:
-        shutil.rmtree(partial)
-        raise
     print(f'Everything is in {output}: hub/ (the model), checkpoints/, summary.csv, lambda-profile.png')
 
 

@@ -1,8 +1,8 @@
 """The one file that reaches into timm: all that the plugin changes there, and all that it uses of timm's private names.
 
-`install()` runs when timm_awm is imported. It registers the optimizer, adds the crop mode 'pad4', and, when timm's
-train.py is what imports the plugin (`--device-modules timm_awm`), tells the optimizer which epoch starts and the user
-which data folder is missing.
+`install()` runs when timm_awm is imported. It registers the optimizer, adds the crop mode 'pad4', names a data folder
+that is missing, and, when timm's train.py is what imports the plugin (`--device-modules timm_awm`), tells the optimizer
+which epoch starts.
 """
 import functools
 import inspect
@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import Any, Optional
 
 import timm
+import timm.data
 from timm.data import transforms_factory
 from timm.data.transforms import RandomResizedCropAndInterpolation
 from timm.optim import OptimInfo
@@ -33,15 +34,16 @@ def install() -> None:
         has_betas=True,
     ))
     transforms_factory.transforms_imagenet_train = _with_pad4(transforms_factory.transforms_imagenet_train)
+    timm.data.create_dataset = _with_folder_check(timm.data.create_dataset)
     hook_train_script()
 
 
 def hook_train_script() -> None:
-    """Wraps two functions of timm's train.py, if that is the running script."""
+    """Replaces two functions of timm's train.py, if that is the running script."""
     main: Any = sys.modules['__main__']
     if _is_timm_train_script(main):
         main.train_one_epoch = _with_epoch_clock(main.train_one_epoch)
-        main.create_dataset = _with_folder_check(main.create_dataset)
+        main.create_dataset = timm.data.create_dataset
 
 
 def _with_pad4(transforms_imagenet_train):
@@ -88,10 +90,11 @@ def _with_folder_check(create_dataset):
 
     @functools.wraps(create_dataset)
     def with_folder_check(name: str, root: Optional[str] = None, **kwargs: Any):
-        if '/' not in name:  # a folder of images; other kinds may create theirs
+        kind, _, place = name.partition('/')
+        if not place:  # a folder of images; other kinds may create theirs
             _require_folder(root)
-        elif name.startswith(('hfds//', 'hfds/.')):  # a path, not a repository of the Hub
-            _require_folder(name.removeprefix('hfds/'))
+        elif kind == 'hfds' and (place.startswith(('/', '.')) or place.count('/') > 1):  # no repository of the Hub
+            _require_folder(place)
         return create_dataset(name, root=root, **kwargs)
 
     return with_folder_check

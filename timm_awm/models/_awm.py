@@ -51,6 +51,7 @@ class AwmModel(nn.Module):
             raise RuntimeError(_checkpoint_problem(self, state_dict) or str(error)) from error
 
     def prune_intermediate_layers(self, indices: Union[int, List[int]] = 1, *args, **kwargs) -> List[int]:
+        """As timm's, and the smallest image that `forward` takes follows."""
         taps = super().prune_intermediate_layers(indices, *args, **kwargs)  # type: ignore[misc]
         self.total_stride = self.feature_info[max(taps)]['reduction']
         return taps

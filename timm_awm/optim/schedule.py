@@ -41,7 +41,7 @@ class PhaseSchedule:
 def check_whole(name: str, value: object, least: int) -> None:
     """
     Raises:
-        ValueError: The value is no number of epochs, or less than the least.
+        ValueError: The value is no whole number, or less than the least.
     """
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f'{name} must be a whole number of epochs, at least {least}, got {value!r}')
+        raise ValueError(f'{name} must be a whole number, at least {least}, got {value!r}')
