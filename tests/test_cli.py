@@ -43,7 +43,7 @@ def test_demo_trains_and_names_the_phase(demo):
 def test_demo_leaves_a_model_in_hub_format(demo):
     _, output = demo
     model = timm.create_model(f'local-dir:{output / "hub"}', pretrained=True).eval()
-    assert model.pretrained_cfg['input_size'] == (1, 32, 32)
+    assert tuple(model.pretrained_cfg['input_size']) == (1, 32, 32)
     assert any(m.weight2.any() for m in model.modules() if isinstance(m, MixingWeights))  # trained
     assert sorted(p.name for p in (output / 'hub').iterdir()) == ['config.json', 'model.safetensors']
     checkpoint = torch.load(output / 'checkpoints' / 'last.pth.tar', weights_only=True)

@@ -42,7 +42,7 @@ class Alternating(Optimizer):
         **kwargs: lr, weight_decay, ... of the base optimizer, as for `timm.optim.create_optimizer_v2`.
 
     Raises:
-        ValueError: A side has no parameter; the base is unknown; a period is not a number of epochs.
+        ValueError: A side has no parameter to train; the base is unknown; a period is not a number of epochs.
     """
 
     def __init__(
@@ -59,18 +59,17 @@ class Alternating(Optimizer):
         params = list(params)
         groups = params if params and isinstance(params[0], dict) else [{'params': params}]
         groups = [part for group in groups for part in _split(group)]
-        base = _known(base)
-        for side, found in ((MERGE, 'AWM merge'), (BACKBONE, 'backbone')):
-            if not any(group['side'] == side for group in groups):
-                raise ValueError(
-                    f'The alternating optimizer found no {found} among the parameters it was given. Use a model with '
-                    'merges (awm_*, without awm=False, and torch.compile in place of TorchScript), or train this one '
-                    f'with its base alone: --opt {base}. If an earlier alternating optimizer has left this side '
-                    'frozen, call its unfreeze() first.')
-        self.base = create_optimizer_v2(groups, opt=base, **kwargs)
+        self.base = create_optimizer_v2(groups, opt=_known(base), **kwargs)
         super().__init__(self.base.param_groups, self.base.defaults)
         # one list and one state for both: what schedulers, scalers and users change here, the base sees
         self._share()
+        for side, name in ((MERGE, 'AWM merge'), (BACKBONE, 'backbone')):
+            if not any(p.requires_grad for p in self._parameters(side)):
+                raise ValueError(
+                    f'The alternating optimizer found no {name} to train among its parameters. Use a model with '
+                    'merges (awm_*, without awm=False, and torch.compile in place of TorchScript), or train this one '
+                    f'with its base alone: --opt {base}. If an earlier alternating optimizer has left this side '
+                    'frozen, call its unfreeze() first.')
         self._enlist()
 
     def _share(self) -> None:
