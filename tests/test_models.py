@@ -331,6 +331,16 @@ def test_onnx(name, tmp_path):
     torch.testing.assert_close(torch.from_numpy(out), model(x).detach(), rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize('name', ['awm_resnet14_cifar', 'awm_densenet22_cifar'])
+def test_merges_survive_timms_feature_graph(name):
+    features = create(name, features_only=True, feature_cls='fx')
+    optimizer = create_optimizer_v2(features, opt='alternating', lr=.1)
+    optimizer.set_epoch(0)
+    with record_mixing_weights(features) as lambdas:
+        features(images())
+    assert lambdas and all(torch.equal(v, torch.full_like(v, 1 / v.shape[1])) for v in lambdas.values())
+
+
 @pytest.mark.parametrize('name', ['awm_resnet14_cifar', 'awm_densenet22_cifar', 'awm_resnet26d'])
 def test_symbolic_trace(name):
     model = create(name, trained=True).eval()

@@ -239,14 +239,28 @@ def test_a_side_that_another_optimizer_has_frozen_is_missed(epochs, missing):
     train(model, alternating(model, base='sgd', period=1, lr=.1), 2)
 
 
+def test_merges_alone_train_jointly():
+    model = net()
+    for p in sides(model)['backbone']:
+        p.requires_grad_(False)
+    with pytest.raises(ValueError, match='found no backbone to train.*period=0'):
+        alternating(model, base='sgd', period=1, lr=.1)
+    before = copy.deepcopy(model)
+    train(model, alternating(model, base='sgd', period=0, lr=.1), 1)
+    for side, params in sides(model).items():
+        assert all(torch.equal(p, q) == (side == 'backbone') for p, q in zip(params, sides(before)[side]))
+
+
 def test_copies_go_on_alike():
     model = net()
     optimizer = alternating(model, base='sgd', period=2, lr=.1, momentum=.9)
     train(model, optimizer, 3)
+    torch.optim.lr_scheduler.StepLR(optimizer, 100)  # which puts a `step` bound to this optimizer into it
     other, other_optimizer = copy.deepcopy((model, optimizer))
     third, third_optimizer = pickle.loads(pickle.dumps((model, optimizer)))
     for m, o in ((model, optimizer), (other, other_optimizer), (third, third_optimizer)):
         assert o.param_groups is o.base.param_groups
+        assert [p.requires_grad for p in m.parameters()] == [p.requires_grad for p in model.parameters()]
         train(m, o, 7, start=3)
     assert_equal(model, other)
     assert_equal(model, third)

@@ -124,10 +124,11 @@ def test_missing_data_folder(name, root):
 
 
 def test_other_data_sets_pass_the_folder_check(tmp_path):
-    def create_dataset(name, **kwargs):
-        return name, kwargs
+    def create_dataset(name, root=None, split='validation', **kwargs):
+        return name, dict(kwargs, root=root, split=split)
 
     check = patches._with_folder_check(create_dataset)
     for name, root in (('hfds/uoft-cs/cifar10', None), ('torch/cifar10', '/to/be/made'), (f'hfds/{tmp_path}', None)):
         assert check(name, root=root, split='train') == (name, dict(root=root, split='train'))
-    assert check('', root=str(tmp_path), split='train')[1]['root'] == str(tmp_path)
+    for args, kwargs in ((('', str(tmp_path), 'train'), {}), ((), dict(name='', root=str(tmp_path), split='train'))):
+        assert check(*args, **kwargs) == ('', dict(root=str(tmp_path), split='train'))

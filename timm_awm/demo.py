@@ -55,7 +55,8 @@ def run(output: Path, epochs: int = 12, period: int = 2, seed: int = 0) -> None:
     """Train MODEL on scikit-learn's digits with alternating phases and leave all that comes of it in a folder.
 
     Args:
-        output: The folder, must not exist. It appears when everything in it is complete.
+        output: The folder, must not exist. It appears when everything in it is complete; until then a hidden folder
+            stands beside it, which only SIGKILL can leave behind.
         epochs: Passes over the training images.
         period: Epochs of a phase.
         seed: Of weights, order and crops.

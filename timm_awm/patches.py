@@ -1,4 +1,4 @@
-"""The one file that reaches into timm: all that the plugin changes there, and all that it uses of timm's private names.
+"""The one file that changes anything in timm.
 
 `install()` runs when timm_awm is imported. It registers the optimizer, adds the crop mode 'pad4', names a data folder
 that is missing, and, when timm's train.py is what imports the plugin (`--device-modules timm_awm`), tells the optimizer
@@ -89,13 +89,13 @@ def _with_folder_check(create_dataset):
     """Names the data folder that is not there; timm stops at a bare assert."""
 
     @functools.wraps(create_dataset)
-    def with_folder_check(name: str, root: Optional[str] = None, **kwargs: Any):
+    def with_folder_check(name: str, root: Optional[str] = None, *args: Any, **kwargs: Any):
         kind, _, place = name.partition('/')
         if not place:  # a folder of images; other kinds may create theirs
             _require_folder(root)
         elif kind == 'hfds' and (place.startswith(('/', '.')) or place.count('/') > 1):  # no repository of the Hub
             _require_folder(place)
-        return create_dataset(name, root=root, **kwargs)
+        return create_dataset(name, root, *args, **kwargs)
 
     return with_folder_check
 

@@ -16,8 +16,9 @@ from .functional import descriptor, mixing_logits, scaled_mixing_weights, weight
 __all__ = ['MixingWeights', 'SumMerge', 'ConcatMerge', 'merge_parameters']
 
 # torch.fx cannot follow the dtype and the device of a proxy
-for _name in ('descriptor', 'mixing_logits', 'weighted_concat'):
-    torch.fx.wrap(_name)
+torch.fx.wrap('descriptor')
+torch.fx.wrap('mixing_logits')
+torch.fx.wrap('weighted_concat')
 
 # An optimizer is handed parameters, never the model: this is how it can tell which of them belong to a merge.
 _live: 'weakref.WeakSet[MixingWeights]' = weakref.WeakSet()

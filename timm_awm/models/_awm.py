@@ -2,8 +2,10 @@
 from typing import Any, Callable, Dict, Iterable, List, Mapping, Optional, Type, Union
 
 from timm.layers.trace_utils import _assert
-from timm.models import build_model_with_cfg
+from timm.models import build_model_with_cfg, register_notrace_module
 from torch import Tensor, nn
+
+from ..layers import ConcatMerge, SumMerge
 
 # CIFAR-10: mean and standard deviation of its training set; evaluated as it is, without a crop
 CIFAR10_CFG: Dict[str, Any] = dict(
@@ -14,6 +16,10 @@ CIFAR10_CFG: Dict[str, Any] = dict(
     mean=(0.4914, 0.4822, 0.4465),
     std=(0.2470, 0.2435, 0.2616),
 )
+
+# timm's feature extractors leave them whole, so that optimizer and `record_mixing_weights` still find them
+register_notrace_module(SumMerge)
+register_notrace_module(ConcatMerge)
 
 
 class AwmModel(nn.Module):
@@ -96,14 +102,14 @@ def create_awm_model(
 
 
 def refuse_stem_arguments(kwargs: Mapping[str, Any], *names: str) -> None:
-    """For the 32x32 networks, which have a stem of their own.
+    """For the 32x32 networks, which have a stem and widths of their own.
 
     Raises:
         TypeError: One of the names is among the arguments.
     """
     for name in names:
         if name in kwargs:
-            raise TypeError(f'{name} is not an argument of the 32x32 networks, whose stem is one 3x3 convolution.')
+            raise TypeError(f'{name} is not an argument of the 32x32 networks, whose stem and widths are given.')
 
 
 def add_merges(state_dict: Dict[str, Any], model: nn.Module) -> Dict[str, Any]:

@@ -16,7 +16,7 @@ import torch.fx
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import DenseNet, checkpoint, generate_default_cfgs, register_model
-from timm.models.densenet import DenseBlock, DenseLayer, _filter_torchvision_pretrained
+from timm.models.densenet import DenseBlock, DenseLayer, _filter_torchvision_pretrained  # private: there is no other
 from torch import Tensor, nn
 
 from ..layers import ConcatMerge, descriptor

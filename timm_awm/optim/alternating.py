@@ -42,7 +42,8 @@ class Alternating(Optimizer):
         **kwargs: lr, weight_decay, ... of the base optimizer, as for `timm.optim.create_optimizer_v2`.
 
     Raises:
-        ValueError: A side has no parameter to train; the base is unknown; a period is not a number of epochs.
+        ValueError: A side that is to have phases has no parameter to train; the base is unknown; a period is no number
+            of epochs.
     """
 
     def __init__(
@@ -63,13 +64,16 @@ class Alternating(Optimizer):
         super().__init__(self.base.param_groups, self.base.defaults)
         # one list and one state for both: what schedulers, scalers and users change here, the base sees
         self._share()
-        for side, name in ((MERGE, 'AWM merge'), (BACKBONE, 'backbone')):
-            if not any(p.requires_grad for p in self._parameters(side)):
-                raise ValueError(
-                    f'The alternating optimizer found no {name} to train among its parameters. Use a model with '
-                    'merges (awm_*, without awm=False, and torch.compile in place of TorchScript), or train this one '
-                    f'with its base alone: --opt {base}. If an earlier alternating optimizer has left this side '
-                    'frozen, call its unfreeze() first.')
+        thaw = 'If an earlier alternating optimizer has left this side frozen, call its unfreeze() first.'
+        if not any(p.requires_grad for p in self._parameters(MERGE)):
+            raise ValueError(
+                'The alternating optimizer found no AWM merge to train among its parameters. Use a model with merges '
+                '(awm_*, without awm=False, and torch.compile in place of TorchScript), or train this one with its '
+                f'base alone: --opt {base}. {thaw}')
+        if period and not any(p.requires_grad for p in self._parameters(BACKBONE)):
+            raise ValueError(
+                'The alternating optimizer found no backbone to train among its parameters. To train merges alone use '
+                f'period=0. {thaw}')
         self._enlist()
 
     def _share(self) -> None:
@@ -81,7 +85,8 @@ class Alternating(Optimizer):
         weakref.finalize(self, _thaw, self._frozen).atexit = False
 
     def __getstate__(self) -> Dict[str, Any]:
-        return self.__dict__.copy()  # torch's own knows only its own attributes
+        own = {name: getattr(self, name) for name in ('base', 'schedule', 'epoch', '_frozen')}
+        return {**super().__getstate__(), **own}
 
     def __setstate__(self, state: Dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -116,7 +121,7 @@ class Alternating(Optimizer):
             ValueError: The epoch is no whole number of at least 0.
         """
         check_whole('epoch', epoch, 0)
-        self.epoch = epoch
+        self.epoch = int(epoch)
         self._freeze()
         params = [p for group in self.param_groups for p in group['params']]
         total, trained = sum(p.numel() for p in params), sum(p.numel() for p in params if p.requires_grad)

@@ -1,5 +1,6 @@
 """Which side trains in which epoch."""
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Optional
 
 __all__ = ['BACKBONE', 'MERGE', 'JOINT', 'PhaseSchedule', 'check_whole']
@@ -43,5 +44,5 @@ def check_whole(name: str, value: object, least: int) -> None:
     Raises:
         ValueError: The value is no whole number, or less than the least.
     """
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
         raise ValueError(f'{name} must be a whole number, at least {least}, got {value!r}')
