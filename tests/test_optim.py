@@ -148,11 +148,11 @@ def test_frozen_side_waits_unchanged_under_every_base(base):
         assert 'CUDA' in str(error) or 'apex' in str(error) or 'bitsandbytes' in str(error), error
         pytest.skip(f'{base} cannot be made on this machine: {error}')
 
-    def snapshot(side):  # without a cache of numbers that RAdam shares among groups in old timm
+    def snapshot(side):  # without the clock, and a cache of numbers that RAdam shares among groups in old timm
         groups = [g for g in optimizer.param_groups if g['side'] == side]
         params = sides(model)[side]
         state = [optimizer.state.get(p, {}) for p in params]
-        settings = [{k: v for k, v in g.items() if k not in ('params', 'buffer')} for g in groups]
+        settings = [{k: v for k, v in g.items() if k not in ('params', 'epoch', 'buffer')} for g in groups]
         return copy.deepcopy((params, state, settings))
 
     def same(a, b):
@@ -344,7 +344,7 @@ def test_resumed_run_equals_the_uninterrupted_one(base, epoch, step, tmp_path):
     resumed_optimizer.load_state_dict(checkpoint['optimizer'])
     resumed_scheduler.step(epoch)
     assert resumed_optimizer.epoch == optimizer.epoch
-    assert resumed_optimizer.phase == optimizer.phase == checkpoint['optimizer']['alternating']['phase']
+    assert resumed_optimizer.phase == optimizer.phase
     for args in ((model, optimizer, scheduler), (resumed, resumed_optimizer, resumed_scheduler)):
         run(*args, (epoch, step), (8, 0))
     assert_equal(model, resumed)

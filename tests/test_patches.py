@@ -106,11 +106,11 @@ def test_other_scripts_are_left_alone(module, monkeypatch):
 
 
 def test_train_py_gets_the_clock_and_the_folder_check(monkeypatch):
-    module = script(train_one_epoch=lambda epoch, loader, lr: (epoch, loader, lr))
+    module = script(train_one_epoch=lambda epoch, loader, lr: dict(epoch=epoch, loader=loader, lr=lr))
     monkeypatch.setitem(sys.modules, '__main__', module)
     patches.hook_train_script()
     optimizer = create_optimizer_v2(timm.create_model('awm_resnet14_cifar'), opt='alternating', lr=.1, period=2)
-    assert module.train_one_epoch(3, 'loader', lr=1) == (3, 'loader', 1)
+    assert module.train_one_epoch(3, 'loader', lr=1) == dict(epoch=3, loader='loader', lr=1, phase='merge')
     assert (optimizer.epoch, optimizer.phase) == (3, 'merge')
     with pytest.raises(FileNotFoundError, match='data folder'):
         module.create_dataset('', root='/no/such', split='train')
@@ -127,7 +127,7 @@ def test_other_data_sets_pass_the_folder_check(tmp_path):
     def create_dataset(name, root=None, split='validation', **kwargs):
         return name, dict(kwargs, root=root, split=split)
 
-    check = patches._with_folder_check(create_dataset)
+    check = patches._with_local_data(create_dataset)
     for name, root in (('hfds/uoft-cs/cifar10', None), ('torch/cifar10', '/to/be/made'), (f'hfds/{tmp_path}', None)):
         assert check(name, root=root, split='train') == (name, dict(root=root, split='train'))
     for args, kwargs in ((('', str(tmp_path), 'train'), {}), ((), dict(name='', root=str(tmp_path), split='train'))):

@@ -1,5 +1,7 @@
 """The command `timm-awm`."""
 import argparse
+import fnmatch
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -7,8 +9,9 @@ from typing import List, NoReturn, Optional
 
 import timm
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-from . import __version__
+from . import __version__, scripts
 from .layers import MixingWeights
 
 __all__ = ['main']
@@ -25,7 +28,18 @@ def main(args: Optional[List[str]] = None) -> int:
     commands = parser.add_subparsers(metavar='command', required=True)
     _add_demo(commands)
     _add_models(commands)
-    parsed = parser.parse_args(args)
+    _add_recipes(commands)
+    _add_train(commands)
+    _add_script(
+        commands, 'validate', 'evaluates',
+        'timm-awm validate --model awm_resnet20_cifar --checkpoint output/train/RUN/last.pth.tar --num-classes 10 '
+        '--dataset hfds/uoft-cs/cifar10 --input-key img --target-key label --split test')
+    _add_script(commands, 'benchmark', 'times', 'timm-awm benchmark --model awm_resnet50 --bench train -b 64 --amp')
+    parsed, parsed_by_script = parser.parse_known_args(args)
+    if 'script' in parsed:
+        parsed.args = parsed_by_script[parsed_by_script[:1] == ['--']:]
+    elif parsed_by_script:
+        parser.error(f'unrecognized arguments: {" ".join(parsed_by_script)}')
     signal.signal(signal.SIGTERM, _terminate)  # so that a command cleans up behind itself
     try:
         parsed.run(parsed)
@@ -69,7 +83,8 @@ def _add_models(commands) -> None:
     parser = commands.add_parser(
         'models',
         help='list the models',
-        description='Lists the models as a Markdown table.',
+        description='Lists the models as a Markdown table. MACs are those of the multiplications in convolutions and '
+                    'matrices, for one image.',
         epilog="Example: timm-awm models '*_cifar'",
     )
     parser.add_argument('pattern', nargs='?', default='awm_*', help='wildcard for names (%(default)s)')
@@ -80,16 +95,98 @@ def _models(args: argparse.Namespace) -> None:
     names = [name for name in timm.list_models(args.pattern) if name.startswith('awm_')]
     if not names:
         raise ValueError(f'No AWM model is called {args.pattern!r}; without a pattern all are listed.')
-    print('| model | image | parameters | of them in merges | merges |')
-    print('| --- | --- | ---: | ---: | ---: |')
+    print('| model | image | parameters | of them in merges | merges | GMACs |')
+    print('| --- | --- | ---: | ---: | ---: | ---: |')
     for name in names:
         with torch.device('meta'):
-            model = timm.create_model(name)
+            model = timm.create_model(name).eval()
+            image = torch.empty(1, *model.pretrained_cfg['input_size'])
+        with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+            model(image)
         merges = [m for m in model.modules() if isinstance(m, MixingWeights)]
-        size = 'x'.join(map(str, model.pretrained_cfg['input_size'][1:]))
+        size = 'x'.join(map(str, image.shape[2:]))
         total = sum(p.numel() for p in model.parameters())
         in_merges = sum(p.numel() for m in merges for p in m.parameters())
-        print(f'| {name} | {size} | {total:,} | {in_merges:,} | {len(merges)} |')
+        gmacs = counter.get_total_flops() / 2e9
+        print(f'| {name} | {size} | {total:,} | {in_merges:,} | {len(merges)} | {gmacs:.2f} |')
+
+
+def _add_recipes(commands) -> None:
+    parser = commands.add_parser(
+        'recipes',
+        help='list, show or copy recipes for training',
+        description='Lists the recipes, shows one, or copies one to be changed.',
+        epilog="Example: timm-awm recipes 'imagenet/*'; timm-awm recipes --show cifar10/awm_resnet20_cifar; "
+               'timm-awm recipes --copy cifar10/awm_resnet20_cifar mine.yaml',
+    )
+    parser.add_argument('pattern', nargs='?', default='*', help='wildcard for names (%(default)s)')
+    action = parser.add_mutually_exclusive_group()
+    action.add_argument('--show', metavar='RECIPE', help='print a recipe')
+    action.add_argument('--copy', metavar=('RECIPE', 'FILE'), nargs=2, help='copy a recipe to a new file')
+    parser.set_defaults(run=_recipes)
+
+
+def _recipes(args: argparse.Namespace) -> None:
+    if args.show:
+        print(scripts.find_recipe(args.show).read_text(), end='')
+    elif args.copy:
+        name, goal = args.copy
+        with scripts.find_recipe(name).open('rb') as source, open(goal, 'xb') as file:
+            shutil.copyfileobj(source, file)
+        print(f'{goal}: start it with timm-awm train -c {goal}')
+    else:
+        names = fnmatch.filter(scripts.recipes(), args.pattern)
+        if not names:
+            raise ValueError(f'No recipe is called {args.pattern!r}; without a pattern all are listed.')
+        print('\n'.join(names))
+
+
+def _add_train(commands) -> None:
+    parser = _add_script_parser(
+        commands, 'train', 'trains',
+        'timm-awm train -c cifar10/awm_resnet20_cifar --epochs 24 --decay-milestones 11 18; with several processes: '
+        'torchrun --nproc_per_node=2 -m timm_awm train -c ...')
+    parser.add_argument('-c', '--config', metavar='FILE', help='a YAML file, or a recipe (timm-awm recipes)')
+    parser.add_argument('--output', metavar='DIR', help='folder for runs (output/train)')
+    parser.add_argument('--experiment', metavar='NAME', help="name of the run's folder in it")
+    parser.add_argument(
+        '--resume', metavar='FILE',
+        help="a checkpoint, or 'auto' for the newest whole one of the experiment, if there is one: a run that was "
+             'stopped anywhere goes on when the same command is given again')
+    parser.add_argument('--device-modules', nargs='+', metavar='NAME', help='modules to import besides timm_awm')
+    parser.set_defaults(run=_train)
+
+
+def _train(args: argparse.Namespace) -> None:
+    scripts.run_train(
+        scripts.find_script('train', args.script),
+        args.args,
+        config=args.config,
+        output=args.output,
+        experiment=args.experiment,
+        resume=args.resume,
+        device_modules=args.device_modules,
+    )
+
+
+def _add_script(commands, name: str, does: str, example: str) -> None:
+    parser = _add_script_parser(commands, name, does, example)
+    parser.set_defaults(
+        run=lambda args: scripts.run_with_plugin(scripts.find_script(name, args.script), args.args))
+
+
+def _add_script_parser(commands, name: str, does: str, example: str) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        name,
+        help=f"run timm's own {name}.py",
+        description=f"Finds timm's own {name}.py, unmodified, loads timm_awm into it and {does}. Without --script it "
+                    f'is looked for beside TIMM_TRAIN_SCRIPT, in the working directory and in the cache, and else '
+                    f'downloaded. All other arguments are those of {name}.py: timm-awm {name} -- --help shows them.',
+        epilog=f'Example: {example}',
+        allow_abbrev=False,
+    )
+    parser.add_argument('--script', metavar='FILE', help=f"timm's {name}.py")
+    return parser
 
 
 def _positive_int(text: str) -> int:

@@ -1,18 +1,21 @@
 """The one file that changes anything in timm.
 
-`install()` runs when timm_awm is imported. It registers the optimizer, adds the crop mode 'pad4', names a data folder
-that is missing, and, when timm's train.py is what imports the plugin (`--device-modules timm_awm`), tells the optimizer
-which epoch starts.
+`install()` runs when timm_awm is imported. It registers the optimizer, adds the crop mode 'pad4', takes data from a local
+folder or says that it is missing, lets several processes train in phases, and, when timm's train.py is what imports the
+plugin (`--device-modules timm_awm`), tells the optimizer which epoch starts and the summary which phase it was.
 """
 import functools
 import inspect
 import os
 import sys
+from pathlib import Path
 from types import ModuleType
-from typing import Any, Optional
+from typing import Any, Iterable, Optional
 
 import timm
 import timm.data
+import timm.task
+import torch
 from timm.data import transforms_factory
 from timm.data.transforms import RandomResizedCropAndInterpolation
 from timm.optim import OptimInfo
@@ -34,7 +37,10 @@ def install() -> None:
         has_betas=True,
     ))
     transforms_factory.transforms_imagenet_train = _with_pad4(transforms_factory.transforms_imagenet_train)
-    timm.data.create_dataset = _with_folder_check(timm.data.create_dataset)
+    timm.data.create_dataset = _with_local_data(timm.data.create_dataset)
+    tasks: Any = [task for task in vars(timm.task).values() if 'prepare_distributed' in getattr(task, '__dict__', ())]
+    for task in tasks:
+        task.prepare_distributed = _with_phases(task.prepare_distributed)
     hook_train_script()
 
 
@@ -80,24 +86,50 @@ def _with_epoch_clock(train_one_epoch):
     @functools.wraps(train_one_epoch)
     def with_epoch_clock(epoch: int, *args: Any, **kwargs: Any):
         optim.set_epoch(epoch)
-        return train_one_epoch(epoch, *args, **kwargs)
+        metrics = train_one_epoch(epoch, *args, **kwargs)
+        for optimizer in optim.live():
+            metrics['phase'] = optimizer.phase  # train_phase in summary.csv
+        return metrics
 
     return with_epoch_clock
 
 
-def _with_folder_check(create_dataset):
-    """Names the data folder that is not there; timm stops at a bare assert."""
+def _with_phases(prepare_distributed):
+    """Where timm wraps a model in DDP: DDP waits for the gradients of a frozen side, unless it may look for unused
+    parameters; and it takes no `device_ids` on a CPU, where train.py gives them."""
+
+    @functools.wraps(prepare_distributed)
+    def with_phases(self, device_ids: Optional[Iterable[Any]] = None, **ddp_kwargs: Any):
+        if any(torch.device(device).type == 'cpu' for device in device_ids or ()):
+            device_ids = None
+        if any(optimizer.schedule.period for optimizer in optim.live()):
+            ddp_kwargs['find_unused_parameters'] = True
+        return prepare_distributed(self, device_ids=device_ids, **ddp_kwargs)
+
+    return with_phases
+
+
+def _with_local_data(create_dataset):
+    """Lets a recipe for a data set of the Hub read a copy on disk, which `--data-dir` names: Parquet files, or images in
+    class folders. And names the folder that is not there, where timm stops at a bare assert."""
 
     @functools.wraps(create_dataset)
-    def with_folder_check(name: str, root: Optional[str] = None, *args: Any, **kwargs: Any):
+    def with_local_data(
+            name: str, root: Optional[str] = None, split: str = 'validation', *args: Any, **kwargs: Any):
+        if name.startswith('hfds/') and root:
+            if any(Path(root).glob('*.parquet')) or any(Path(root).glob('*/*.parquet')):
+                name, root = f'hfds/{root}', None
+            elif Path(root, split).is_dir():
+                name = ''
+                kwargs = {key: value for key, value in kwargs.items() if key not in ('input_key', 'target_key')}
         kind, _, place = name.partition('/')
         if not place:  # a folder of images; other kinds may create theirs
             _require_folder(root)
         elif kind == 'hfds' and (place.startswith(('/', '.')) or place.count('/') > 1):  # no repository of the Hub
             _require_folder(place)
-        return create_dataset(name, root, *args, **kwargs)
+        return create_dataset(name, root, split, *args, **kwargs)
 
-    return with_folder_check
+    return with_local_data
 
 
 def _require_folder(folder: Optional[str]) -> None:

@@ -1,2 +1,2 @@
-from .alternating import Alternating, set_epoch
+from .alternating import Alternating, live, set_epoch
 from .schedule import PhaseSchedule

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from ..layers import merge_parameters
 from .schedule import BACKBONE, JOINT, MERGE, PhaseSchedule, check_whole
 
-__all__ = ['Alternating', 'set_epoch']
+__all__ = ['Alternating', 'live', 'set_epoch']
 
 _logger = logging.getLogger(__name__)
 
@@ -32,7 +32,8 @@ class Alternating(Optimizer):
     Frozen parameters have `requires_grad` False until their phase comes, or `unfreeze` is called, or the optimizer is
     gone. Parameters that are frozen already when a phase begins stay so.
 
-    Each parameter group is split in two, one for each side, marked by its key 'side'.
+    Each parameter group is split in two, one for each side, marked by its key 'side'. Its key 'epoch' is the current
+    epoch, so that whatever saves and loads parameter groups (`state_dict`, torch.distributed.checkpoint) keeps it.
 
     Args:
         params: Parameters or parameter groups, as for any optimizer.
@@ -55,7 +56,6 @@ class Alternating(Optimizer):
             **kwargs: Any,
     ) -> None:
         self.schedule = PhaseSchedule(period, merge_period)
-        self.epoch: Optional[int] = None
         self._frozen: List[Tensor] = []  # by this optimizer; the same list for life
         params = list(params)
         groups = params if params and isinstance(params[0], dict) else [{'params': params}]
@@ -85,7 +85,7 @@ class Alternating(Optimizer):
         weakref.finalize(self, _thaw, self._frozen).atexit = False
 
     def __getstate__(self) -> Dict[str, Any]:
-        own = {name: getattr(self, name) for name in ('base', 'schedule', 'epoch', '_frozen')}
+        own = {name: getattr(self, name) for name in ('base', 'schedule', '_frozen')}
         return {**super().__getstate__(), **own}
 
     def __setstate__(self, state: Dict[str, Any]) -> None:
@@ -95,6 +95,11 @@ class Alternating(Optimizer):
     @property
     def is_second_order(self) -> bool:
         return getattr(self.base, 'is_second_order', False)
+
+    @property
+    def epoch(self) -> Optional[int]:
+        """The current epoch, counted from 0; None before the first `set_epoch`."""
+        return self.param_groups[0]['epoch'] if self.param_groups else None
 
     @property
     def phase(self) -> str:
@@ -121,7 +126,8 @@ class Alternating(Optimizer):
             ValueError: The epoch is no whole number of at least 0.
         """
         check_whole('epoch', epoch, 0)
-        self.epoch = int(epoch)
+        for group in self.param_groups:
+            group['epoch'] = int(epoch)
         self._freeze()
         params = [p for group in self.param_groups for p in group['params']]
         total, trained = sum(p.numel() for p in params), sum(p.numel() for p in params if p.requires_grad)
@@ -133,6 +139,8 @@ class Alternating(Optimizer):
         _thaw(self._frozen)
 
     def step(self, closure: Optional[Callable[[], float]] = None) -> Optional[float]:  # type: ignore[override]
+        if self.epoch is None and not any(group['lr'] for group in self.param_groups):
+            return self.base.step(closure)  # moves nothing: torch.distributed.checkpoint creates the state so
         idle = self._idle
         for p in self._parameters(idle):
             p.grad = None  # computed before the freeze, or put there by DDP
@@ -146,14 +154,12 @@ class Alternating(Optimizer):
 
     def add_param_group(self, param_group: Dict[str, Any]) -> None:
         for part in _split(param_group):
-            super().add_param_group(part)
+            super().add_param_group({**part, 'epoch': self.epoch})
         if self._frozen:
             self._freeze()
 
     def state_dict(self) -> Dict[str, Any]:
-        state_dict = self.base.state_dict()
-        phase = None if self.epoch is None else self.phase
-        return {**state_dict, 'alternating': {'epoch': self.epoch, 'phase': phase}}
+        return self.base.state_dict()
 
     def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
         """As of any optimizer. Steps go on in the saved epoch; gradients are computed for both sides until `set_epoch`
@@ -163,13 +169,12 @@ class Alternating(Optimizer):
             ValueError: The state was saved from an optimizer of other parameter groups, such as a bare base.
         """
         sides = [group.get('side') for group in state_dict['param_groups']]
-        if 'alternating' not in state_dict or sides != [group['side'] for group in self.param_groups]:
+        if sides != [group['side'] for group in self.param_groups]:
             raise ValueError(
                 'This optimizer state was not saved by an alternating optimizer of the same model and the same '
                 'parameter groups. Resume with the --opt that the run was started with, or with --no-resume-opt.')
         self.base.load_state_dict(state_dict)
         self._share()
-        self.epoch = state_dict['alternating']['epoch']
         self.unfreeze()
 
     @property
@@ -187,9 +192,14 @@ class Alternating(Optimizer):
             p.grad = None
 
 
+def live() -> List[Alternating]:
+    """The alternating optimizers of this process."""
+    return list(_live)
+
+
 def set_epoch(epoch: int) -> None:
-    """Tell every alternating optimizer of this process which epoch starts."""
-    for optimizer in list(_live):
+    """Tell every alternating optimizer of this process which epoch starts, those inside a Lookahead too."""
+    for optimizer in live():
         optimizer.set_epoch(epoch)
 
 
@@ -210,7 +220,7 @@ def _split(group: Dict[str, Any]) -> List[Dict[str, Any]]:
     for param in params:
         tensor = param[1] if isinstance(param, tuple) else param  # of named_parameters()
         sides[MERGE if id(tensor) in of_merges else BACKBONE].append(param)
-    return [{**group, 'params': members, 'side': side} for side, members in sides.items() if members]
+    return [{'epoch': None, **group, 'params': members, 'side': side} for side, members in sides.items() if members]
 
 
 def _known(base: str) -> str:

@@ -1,0 +1,199 @@
+"""timm's own train.py, validate.py and benchmark.py, which no wheel of timm contains: found or fetched, and run
+unmodified with the plugin loaded.
+"""
+import difflib
+import hashlib
+import os
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any, Dict, List, NoReturn, Optional, Sequence
+
+import timm
+import torch
+import yaml
+
+__all__ = ['find_checkpoint', 'find_recipe', 'find_script', 'recipes', 'run_train', 'run_with_plugin']
+
+# SHA-256 of the scripts at timm's tags, for the versions that timm_awm is tested with
+DIGESTS: Dict[str, Dict[str, str]] = {
+    '1.0.26': dict(
+        train='4dbf00cb971ac246ead5fd37ae4dfb3b9183864962cc2c819f7c2706582ec1f7',
+        validate='ac3f1c64480bee4f1dba28fc2dd8dcd205c38fcd1002b26e0e3013cdb5ae0b0f',
+        benchmark='c2257b70ef9cd6e1dbc19a86cc5d0daea0505649a82352add58013d0382ed1ba',
+    ),
+    '1.0.27': dict(
+        train='1fb02d26fe16536bc7de2c987980644353117c2b2b8046532261464093cd1ac6',
+        validate='ac3f1c64480bee4f1dba28fc2dd8dcd205c38fcd1002b26e0e3013cdb5ae0b0f',
+        benchmark='c2257b70ef9cd6e1dbc19a86cc5d0daea0505649a82352add58013d0382ed1ba',
+    ),
+    '1.0.28': dict(
+        train='1fb02d26fe16536bc7de2c987980644353117c2b2b8046532261464093cd1ac6',
+        validate='1ff87867c808997ce443eb8ff8b2c7324519cdd0ec9dafbc3d5e666f89436749',
+        benchmark='c2257b70ef9cd6e1dbc19a86cc5d0daea0505649a82352add58013d0382ed1ba',
+    ),
+}
+URL = 'https://raw.githubusercontent.com/huggingface/pytorch-image-models/v{version}/{name}.py'
+RUN_WITH_PLUGIN = 'import runpy, sys, timm_awm; del sys.argv[0]; runpy.run_path(sys.argv[0], run_name="__main__")'
+
+
+def find_script(name: str, given: Optional[str] = None) -> Path:
+    """Where a script of timm is: as given, beside TIMM_TRAIN_SCRIPT, in the working directory, or in the cache, into
+    which it is downloaded if it is not there.
+
+    The cache is below `torch.hub.get_dir()`. It holds what timm published under the tag of the installed version or, if
+    we do not know that version, under the newest tag that we know.
+
+    Args:
+        name: 'train', 'validate' or 'benchmark'.
+        given: A path that the user gave.
+
+    Raises:
+        FileNotFoundError: The script that was named is not there.
+        RuntimeError: It cannot be downloaded, or what came is not what timm published.
+    """
+    train = os.environ.get('TIMM_TRAIN_SCRIPT')
+    beside = str(Path(train).with_name(f'{name}.py')) if train and name != 'train' else train
+    for source, path in (('--script', given), ('TIMM_TRAIN_SCRIPT', beside)):
+        if path and not Path(path).is_file():
+            raise FileNotFoundError(f'{source} leads to {path!r}, which is no file; name {name}.py in a clone of timm.')
+        if path:
+            return Path(path)
+    local = Path(f'{name}.py')
+    if local.is_file() and 'from timm' in local.read_text(errors='replace'):
+        return local
+    return _cached_script(name)
+
+
+def _cached_script(name: str) -> Path:
+    version = timm.__version__
+    if version not in DIGESTS:
+        version = list(DIGESTS)[-1]
+        _say(f'takes {name}.py of timm {version}, the newest that it was tested with, for timm {timm.__version__}')
+    digest = DIGESTS[version][name]
+    path = Path(torch.hub.get_dir(), 'timm_awm', version, f'{name}.py')
+    if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != digest:
+        url = URL.format(version=version, name=name)
+        _say(f'downloads {url}')
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(url, str(path), hash_prefix=digest, progress=False)
+        except (OSError, RuntimeError) as error:
+            raise RuntimeError(
+                f"Cannot get timm's {name}.py from {url}: {error}. Clone timm at the tag v{version} and name the "
+                'script with --script or TIMM_TRAIN_SCRIPT.') from error
+    return path
+
+
+def recipes() -> Dict[str, Path]:
+    """The recipes of this package by name, such as 'cifar10/awm_resnet20_cifar'."""
+    package = Path(__file__).parent
+    folder = package / 'recipes'  # in a wheel
+    if not folder.is_dir():
+        folder = package.parent / 'recipes'
+    return {path.relative_to(folder).with_suffix('').as_posix(): path for path in sorted(folder.rglob('*.yaml'))}
+
+
+def find_recipe(name: str) -> Path:
+    """A YAML file, or a recipe of this package by its name.
+
+    Raises:
+        FileNotFoundError: It is neither.
+    """
+    if Path(name).is_file():
+        return Path(name)
+    known = recipes()
+    if name not in known:
+        nearest = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
+        raise FileNotFoundError(
+            f'{name!r} is neither a file nor a recipe, the nearest is {nearest!r}; timm-awm recipes lists them all.')
+    return known[name]
+
+
+def find_checkpoint(folder: Path) -> Optional[Path]:
+    """The newest whole checkpoint of an epoch's end that train.py left in a folder, or None.
+
+    A run that was killed may leave a checkpoint half-written, or the newest one only under the name that timm gives it
+    before it takes the place of `last.pth.tar`. Recovery checkpoints are of the middle of an epoch, whose rest train.py
+    would leave out: they are not taken.
+
+    Raises:
+        ValueError: All checkpoints are damaged.
+    """
+    kept = [*folder.glob('last.pth.tar'), *folder.glob('checkpoint-*.pth.tar')]
+    files = [*kept, *folder.glob('tmp.pth.tar')]
+    for path in sorted(files, key=lambda path: path.stat().st_mtime_ns, reverse=True):
+        if _is_whole(path):
+            return path
+    if kept:
+        raise ValueError(f'Every checkpoint in {str(folder)!r} is damaged: move the folder away to start again.')
+    return None
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        with zipfile.ZipFile(path) as file:
+            return file.testzip() is None
+    except zipfile.BadZipFile:
+        return False
+
+
+def run_train(
+        script: Path,
+        args: Sequence[str],
+        config: Optional[str] = None,
+        output: Optional[str] = None,
+        experiment: Optional[str] = None,
+        resume: Optional[str] = None,
+        device_modules: Optional[Sequence[str]] = None,
+) -> NoReturn:
+    """Become timm's train.py with the plugin loaded.
+
+    Args:
+        script: timm's train.py.
+        args: Its arguments, without the following ones.
+        config: A YAML file, or the name of a recipe.
+        output: Folder for runs.
+        experiment: Name of the run's folder in it.
+        resume: A checkpoint, or 'auto' for the newest whole one in the run's folder, if there is one.
+        device_modules: Modules to import, in addition to the plugin.
+
+    Raises:
+        FileNotFoundError: There is no such recipe.
+        ValueError: 'auto' without the name of an experiment.
+    """
+    defaults: Dict[str, Any] = {}
+    command = [str(script)]
+    if config is not None:
+        path = find_recipe(config)
+        defaults = yaml.safe_load(path.read_text()) or {}
+        command += ['-c', str(path)]
+    if resume == 'auto':
+        experiment = experiment or defaults.get('experiment')
+        if not experiment:
+            raise ValueError('--resume auto needs --experiment NAME, for without it each start makes a new folder.')
+        checkpoint = find_checkpoint(Path(output or defaults.get('output') or 'output/train', experiment))
+        _say(f'resumes from {checkpoint}' if checkpoint else 'has no checkpoint to resume from, starts the run')
+        resume = str(checkpoint or '')
+    for flag, value in (('--output', output), ('--experiment', experiment), ('--resume', resume)):
+        command += [flag, value] if value else []
+    modules = device_modules or defaults.get('device_modules') or []
+    # at the end, for it takes all values that follow
+    _become([*command, *args, '--device-modules', 'timm_awm', *(m for m in modules if m != 'timm_awm')])
+
+
+def run_with_plugin(script: Path, args: Sequence[str]) -> NoReturn:
+    """Become a script of timm's that has no `--device-modules`."""
+    _become(['-c', RUN_WITH_PLUGIN, str(script), *args])
+
+
+def _become(command: List[str]) -> NoReturn:
+    """Replaces this process, so that signals, exit status and the place in torchrun are the script's own."""
+    _say('runs ' + ' '.join(command if command[0] != '-c' else command[2:]))
+    sys.stdout.flush()
+    os.execv(sys.executable, [sys.executable, *command])
+
+
+def _say(text: str) -> None:
+    if os.environ.get('RANK', '0') == '0':
+        print(f'timm-awm {text}', file=sys.stderr, flush=True)
