@@ -2,8 +2,6 @@
 
 No wheel of timm contains its scripts: set TIMM_TRAIN_SCRIPT to the train.py of a clone of timm.
 """
-import argparse
-import importlib.util
 import os
 import re
 import subprocess
@@ -12,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from timm.models import load_state_dict
 
 RECIPES = Path(__file__).parents[1] / 'recipes'
@@ -111,12 +108,3 @@ def test_errors_reach_the_user(args, message, data, tmp_path):
     result = train('cifar10/awm_resnet20_cifar.yaml', data, tmp_path, *args, check=False)
     assert result.returncode != 0
     assert re.search(message, result.stderr.splitlines()[-1]), result.stderr[-2000:]
-
-
-@pytest.mark.parametrize('recipe', sorted(RECIPES.glob('*/*.yaml')), ids=lambda path: path.stem)
-def test_every_key_of_a_recipe_is_an_argument_of_train_py(recipe):
-    spec = importlib.util.spec_from_file_location('timm_train_script', TRAIN)
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    known = {action.dest for action in script.parser._actions} - {argparse.SUPPRESS}
-    assert set(yaml.safe_load(recipe.read_text())) <= known

@@ -1,8 +1,9 @@
 """The one file that changes anything in timm.
 
-`install()` runs when timm_awm is imported. It registers the optimizer, adds the crop mode 'pad4', takes data from a local
-folder or says that it is missing, lets several processes train in phases, and, when timm's train.py is what imports the
-plugin (`--device-modules timm_awm`), tells the optimizer which epoch starts and the summary which phase it was.
+`install()` runs when timm_awm is imported. It registers the optimizer, adds the crop mode 'pad4', takes data from a
+local folder or says that it is missing, lets several processes train in phases, and, when timm's train.py is what
+imports the plugin (`--device-modules timm_awm`), tells the optimizer which epoch starts and the summary which phase it
+was.
 """
 import functools
 import inspect
@@ -110,7 +111,7 @@ def _with_phases(prepare_distributed):
 
 
 def _with_local_data(create_dataset):
-    """Lets a recipe for a data set of the Hub read a copy on disk, which `--data-dir` names: Parquet files, or images in
+    """Lets a recipe for a data set of the Hub read a copy on disk, named by `--data-dir`: Parquet files, or images in
     class folders. And names the folder that is not there, where timm stops at a bare assert."""
 
     @functools.wraps(create_dataset)
@@ -119,7 +120,7 @@ def _with_local_data(create_dataset):
         if name.startswith('hfds/') and root:
             if any(Path(root).glob('*.parquet')) or any(Path(root).glob('*/*.parquet')):
                 name, root = f'hfds/{root}', None
-            elif Path(root, split).is_dir():
+            elif Path(root, 'train').is_dir():  # timm finds the other split, 'val' for 'validation' too
                 name = ''
                 kwargs = {key: value for key, value in kwargs.items() if key not in ('input_key', 'target_key')}
         kind, _, place = name.partition('/')

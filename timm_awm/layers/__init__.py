@@ -1,3 +1,3 @@
 from .functional import descriptor, mixing_logits, scaled_mixing_weights, weighted_concat, weighted_sum
-from .merge import ConcatMerge, MixingWeights, SumMerge, merge_parameters
+from .merge import ConcatMerge, MixingWeights, SumMerge, merge_parameters, renew_compiled_guards
 from .record import record_mixing_weights

@@ -124,3 +124,14 @@ class ConcatMerge(nn.Module):
 def merge_parameters() -> List[nn.Parameter]:
     """The parameters of all merges that are alive in this process."""
     return [p for mix in list(_live) for p in mix.parameters()]
+
+
+def renew_compiled_guards() -> None:
+    """Makes compiled networks with merges look again at which parameters require gradients.
+
+    torch.compile trusts a module whose dict of parameters has not changed, and in torch 2.6 does not see
+    `requires_grad_` (pytorch/pytorch#139476): after a phase change it would go on with the graph of the other phase.
+    """
+    for mix in list(_live):
+        for name in list(mix._parameters):
+            mix._parameters[name] = mix._parameters.pop(name)

@@ -12,7 +12,7 @@ from timm.optim import create_optimizer_v2, list_optimizers
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..layers import merge_parameters
+from ..layers import merge_parameters, renew_compiled_guards
 from .schedule import BACKBONE, JOINT, MERGE, PhaseSchedule, check_whole
 
 __all__ = ['Alternating', 'live', 'set_epoch']
@@ -207,6 +207,7 @@ def _thaw(frozen: List[Tensor]) -> None:
     for p in frozen:
         p.requires_grad_(True)
     frozen.clear()
+    renew_compiled_guards()
 
 
 def _split(group: Dict[str, Any]) -> List[Dict[str, Any]]:

@@ -1,0 +1,222 @@
+"""Every switch of train.py that could come between the alternating optimizer and its epoch: the table, and what must
+hold at every update under each row of it."""
+import argparse
+from dataclasses import dataclass
+from typing import Any, Dict, Iterable, Iterator, List, Optional, Tuple
+
+import torch
+from recorder import OVERFLOWS
+from timm.scheduler import create_scheduler_v2, scheduler_kwargs
+from training_loop import BATCHES, parser
+
+# later arguments win
+COMMON = (
+    '--model awm_resnet14_cifar --num-classes 10 --device cpu --no-prefetcher -j 1 -b 8 --epochs 4 '
+    '--opt alternating --opt-kwargs base=sgd period=1 --lr .1 --weight-decay .01 --warmup-epochs 0 --experiment run ')
+
+
+@dataclass(frozen=True)
+class Row:
+    """
+    Args:
+        name: Says what is switched on.
+        args: Arguments of train.py, besides COMMON; {data} is the folder of the images and networks.
+        phases: The phase of every epoch: backbone, merge or joint.
+        start: The first epoch that is run.
+        again: Arguments of a second run, besides those of the first, whose folder is {run}.
+        again_start: The first epoch of the second run.
+        saved: The last epoch whose optimizer state the second run has, if any.
+        frozen: Beginnings of the names of what train.py itself keeps frozen.
+        identity: Start at the identity, where W2 is zero.
+        script_only: Too slow for the loop of our own.
+    """
+    name: str
+    args: str = ''
+    phases: str = 'bmbm'
+    start: int = 0
+    again: str = ''
+    again_start: int = 0
+    saved: Optional[int] = None
+    frozen: Tuple[str, ...] = ()
+    identity: bool = False
+    script_only: bool = False
+
+
+PERIOD2 = '--epochs 6 --opt-kwargs base=sgd period=2 '
+TWO = dict(phases='bbmmbb')
+
+TABLE = [
+    Row('plain'),
+    Row('identity-start', '--weight-decay 0', identity=True),
+    Row('joint', '--opt-kwargs base=sgd period=0', phases='jjjj'),
+    Row('period-2-merge-1', '--epochs 5 --opt-kwargs base=sgd period=2 merge_period=1', phases='bbmbb'),
+    Row('period-1-merge-2', '--epochs 5 --opt-kwargs base=sgd period=1 merge_period=2', phases='bmmbm'),
+    Row('densenet', '--model awm_densenet22_cifar'),
+    # schedulers
+    Row('tanh', '--sched tanh --min-lr .01'),
+    Row('step', '--sched step --decay-epochs 1 --decay-rate .5'),
+    Row('multistep', '--sched multistep --decay-milestones 2 3'),
+    Row('plateau', '--sched plateau --patience-epochs 0 --decay-rate .5'),
+    Row('poly', '--sched poly --decay-rate .5 --cooldown-epochs 1', phases='bmbmb'),
+    Row('wsd', '--sched wsd --decay-epochs 1'),
+    Row('warmup-from-zero', '--warmup-epochs 2 --warmup-lr 0'),
+    Row('warmup-prefix', '--warmup-epochs 1 --warmup-prefix', phases='bmbmb'),
+    Row('on-updates', '--sched-on-updates --warmup-epochs 1 --warmup-lr 0'),
+    # gradients
+    Row('accumulation', '--grad-accum-steps 2'),
+    Row('accumulation-over-the-epoch', '--grad-accum-steps 8'),
+    Row('clip-norm', '--clip-grad .05'),
+    Row('clip-value', '--clip-grad .001 --clip-mode value'),
+    Row('clip-agc', '--clip-grad .01 --clip-mode agc'),
+    Row('layer-decay', '--layer-decay .7'),
+    Row('layer-decay-no-opt-scale', '--layer-decay .5 --layer-decay-no-opt-scale .1',
+        frozen=('conv1', 'bn1', 'layer1', 'layer2.0')),
+    Row('checkpointing', '--grad-checkpointing'),
+    Row('bfloat16', '--amp --amp-dtype bfloat16'),
+    Row('float16', '--amp'),
+    # the model
+    Row('ema', '--model-ema --model-ema-decay .5'),
+    Row('compile', '--torchcompile aot_eager'),
+    Row('compile-inductor', '--torchcompile', script_only=True),
+    Row('sync-bn', '--sync-bn --channels-last', script_only=True),
+    Row('val-interval', '--val-interval 3'),
+    Row('kd-logit', '--kd-model-name local-dir:{data}/awm_resnet14_cifar'),
+    Row('kd-feature', '--kd-model-name local-dir:{data}/awm_densenet22_cifar --kd-distill-type feature'),
+    # bases
+    Row('adamw', '--lr .01 --opt-kwargs base=adamw period=1'),
+    Row('lamb', '--lr .01 --opt-kwargs base=lamb period=1'),
+    Row('muon', '--lr .01 --opt-kwargs base=muon period=1'),
+    Row('adahessian', '--lr .01 --opt-kwargs base=adahessian period=1'),
+    Row('lookahead', '--opt lookahead_alternating'),
+    # other epochs than 0, 1, 2, ...
+    Row('start-epoch', PERIOD2 + '--start-epoch 3', start=3, **TWO),
+    Row('resume-in-backbone', PERIOD2, again='--resume {run}/checkpoint-0.pth.tar', again_start=1, saved=0, **TWO),
+    Row('resume-in-merge', PERIOD2, again='--resume {run}/checkpoint-2.pth.tar', again_start=3, saved=2, **TWO),
+    Row('resume-at-change', PERIOD2, again='--resume {run}/checkpoint-3.pth.tar', again_start=4, saved=3, **TWO),
+    Row('no-resume-opt', PERIOD2, again='--resume {run}/checkpoint-2.pth.tar --no-resume-opt', again_start=3, **TWO),
+    Row('resume-start-epoch', PERIOD2 + '--sched-on-updates',
+        again='--resume {run}/checkpoint-1.pth.tar --start-epoch 3', again_start=3, saved=1, **TWO),
+    # together
+    Row('accumulation-clip-on-updates-resume',
+        PERIOD2 + '--grad-accum-steps 2 --clip-grad .05 --sched-on-updates --warmup-epochs 1 --warmup-lr .01',
+        again='--resume {run}/checkpoint-2.pth.tar', again_start=3, saved=2, **TWO),
+    Row('lookahead-ema-val-interval-resume',
+        PERIOD2 + '--opt lookahead_alternating --model-ema --model-ema-decay .9 --model-ema-force-cpu --val-interval 3',
+        again='--resume {run}/checkpoint-2.pth.tar', again_start=3, saved=2, **TWO),
+    Row('float16-accumulation-clip-lamb-merge-1',
+        '--amp --grad-accum-steps 2 --clip-grad .01 --lr .01 --epochs 5 '
+        '--opt-kwargs base=lamb period=2 merge_period=1', phases='bbmbb'),
+    Row('compile-checkpointing-bfloat16-agc-accumulation',
+        '--torchcompile aot_eager --grad-checkpointing --amp --amp-dtype bfloat16 --clip-grad .01 --clip-mode agc '
+        '--grad-accum-steps 2'),
+    Row('kd-adamw-layer-decay-no-resume-opt',
+        PERIOD2 + '--kd-model-name local-dir:{data}/awm_resnet14_cifar --lr .01 --layer-decay .7 '
+        '--opt-kwargs base=adamw period=2',
+        again='--resume {run}/checkpoint-2.pth.tar --no-resume-opt', again_start=3, **TWO),
+]
+
+
+def learning_rates(args: argparse.Namespace, start: int, updates: int) -> Iterator[Tuple[int, Optional[float]]]:
+    """The epoch and the learning rate of every update, from timm's scheduler with an optimizer of torch's own; None
+    where it depends on the training."""
+    if args.sched == 'plateau':
+        yield from ((epoch, None) for epoch in range(start, args.epochs) for _ in range(updates))
+        return
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=args.lr)
+    scheduler, epochs = create_scheduler_v2(optimizer, **scheduler_kwargs(args), updates_per_epoch=updates)
+    if start:
+        scheduler.step_update(start * updates) if args.sched_on_updates else scheduler.step(start)
+    for epoch in range(start, epochs):
+        for update in range(updates):
+            yield epoch, optimizer.param_groups[0]['lr']
+            scheduler.step_update(epoch * updates + update + 1)
+        scheduler.step(epoch + 1)
+
+
+def expected_kinds(args: argparse.Namespace, lrs: List[Tuple[int, Any]], updates: int) -> List[Tuple[int, str]]:
+    kinds = []
+    for epoch in sorted({epoch for epoch, _ in lrs}):
+        overflows = [args.amp and args.amp_dtype == 'float16' and (epoch, i) in OVERFLOWS for i in range(updates)]
+        kinds += [(epoch, kind) for kind in ['begin', *('skip' if x else 'step' for x in overflows), 'end']]
+    return kinds
+
+
+def check(notes: List[Dict[str, Any]], row: Row, argv: List[str], again: bool = False) -> None:
+    """What the recorder has noted of one run, against the table. No name that should be there may be missing, and none
+    be there that should not."""
+    args = parser.parse_args(argv)
+    updates = -(-BATCHES // args.grad_accum_steps)
+    lrs = list(learning_rates(args, row.again_start if again else row.start, updates))
+    assert [(n['epoch'], n['kind']) for n in notes] == expected_kinds(args, lrs, updates)
+    assert len(row.phases) == lrs[-1][0] + 1
+
+    first = notes[0]
+    names = set(first['parameters'])
+    frozen = {k for k in names if k.startswith(row.frozen or '-')}
+    assert bool(frozen) == bool(row.frozen)
+    assert_same(first['frozen'], frozen, 'frozen by train.py')
+    merge = {k for k in names if '.merge.' in k} - frozen
+    sides = dict(b=names - frozen - merge, m=merge, j=names - frozen)
+    assert merge and sides['b']
+    assert first['has_ema'] == args.model_ema
+    assert first['ema_differs'] == (args.model_ema and again)
+    if again:
+        stateful = [sides[phase] for phase in row.phases[:0 if row.saved is None else row.saved + 1]]
+        assert_same(first['stateful'], set().union(*stateful), 'resumed with state')
+
+    by_update = iter(lrs)
+    merge_steps, previous_lr = 0, args.lr
+    for i, note in enumerate(notes):
+        epoch, kind, phase = note['epoch'], note['kind'], row.phases[note['epoch']]
+        where = f'epoch {epoch}, note {i}, {kind}'
+        active = sides[phase]
+        assert kind == 'begin' or note['ema_error'] < 1e-6, where
+        if kind in ('begin', 'end'):
+            # between updates nothing moves, and no statistics but in training
+            for what in ('moved', 'state', 'buffers'):
+                assert_same(note[what], (), f'{where}: {what}')
+            continue
+        assert_same(note['buffers'], first['all_buffers'], f'{where}: BatchNorm statistics')
+        _, lr = next(by_update)
+        if kind == 'skip':
+            assert_same(note['moved'], (), f'{where}: moved')
+            assert_same(note['state'], (), f'{where}: state')
+            continue
+        assert note['clock'] == epoch, where
+        assert_same(note['gradients'], active, f'{where}: gradients')
+        assert_same(note['state'], active, f'{where}: state')
+        moving = active
+        if row.identity and phase == 'm':
+            merge_steps += 1
+            if merge_steps == 1:  # the gradient of W1 is zero where W2 is
+                moving = {k for k in active if not k.endswith('weight1')}
+        if lr == 0:
+            moving = set()
+        assert_same(note['moved'], moving, f'{where}: moved')
+        check_clipping(note['clip'], args, active, where)
+        for group_lr in note['lr']:
+            if lr is None:
+                assert any(abs(group_lr - previous_lr * x) < 1e-9 for x in (1, args.decay_rate)), where
+            else:
+                assert abs(group_lr - lr) < 1e-9, where
+        previous_lr = note['lr'][0]
+    if args.sched == 'plateau':
+        assert previous_lr < args.lr
+
+
+def check_clipping(clip: Optional[Dict[str, Any]], args: argparse.Namespace, active: Iterable[str], where: str) -> None:
+    if args.clip_grad is None:
+        assert clip is None, where
+        return
+    assert clip is not None, where
+    head = ('fc.',) if args.clip_mode == 'agc' else ()
+    assert_same(clip['names'], (k for k in active if not k.startswith(head)), f'{where}: clipped')
+    if args.clip_mode == 'norm':  # small enough to be reached always, and by one side alone
+        assert abs(clip['norm'] / args.clip_grad - 1) < 1e-3, where
+    elif args.clip_mode == 'value':
+        assert clip['largest'] <= args.clip_grad * (1 + 1e-6), where
+
+
+def assert_same(names: Iterable[str], expected: Iterable[str], what: str) -> None:
+    names, expected = set(names), set(expected)
+    assert names == expected, f'{what}: missing {sorted(expected - names)}, unexpected {sorted(names - expected)}'

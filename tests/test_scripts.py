@@ -1,0 +1,241 @@
+"""timm-awm train, validate and benchmark, with stand-ins for timm's scripts. The real ones: test_train_script.py."""
+import functools
+import hashlib
+import http.server
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+from timm_awm import cli, scripts
+from timm_awm.scripts import find_checkpoint, find_recipe, find_script
+
+REPORT = '''\
+# from timm
+import json, os, sys
+print(json.dumps(dict(argv=sys.argv, plugin='timm_awm' in sys.modules, rank=os.environ.get('RANK'), name=__name__)))
+sys.exit(7)
+'''
+WAIT = '''\
+import sys, time
+print('started', flush=True)
+try:
+    time.sleep(60)
+except KeyboardInterrupt:
+    sys.exit(9)
+'''
+
+
+@pytest.fixture
+def clean(monkeypatch, tmp_path):
+    monkeypatch.delenv('TIMM_TRAIN_SCRIPT', raising=False)
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'cache'))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def script(path, text=REPORT):
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(text)
+    return path
+
+
+def run(*args, front=(sys.executable,)):
+    env = {**os.environ, 'OMP_NUM_THREADS': '1'}
+    return subprocess.run([*front, '-m', 'timm_awm', *map(str, args)], capture_output=True, text=True, env=env)
+
+
+@pytest.fixture
+def command(clean, monkeypatch):
+    """What the command line of timm-awm becomes."""
+    def command(*args):
+        became = []
+        monkeypatch.setattr(os, 'execv', lambda path, argv: became.append(argv[1:]))
+        assert cli.main(list(args)) == 0
+        return became[0]
+
+    return command
+
+
+def test_script_runs_with_plugin_arguments_and_exit_status(clean):
+    for name in ('train', 'validate'):
+        path = script(clean / 'clone' / f'{name}.py')
+        result = run(name, '--script', path, '-b', 2)
+        assert result.returncode == 7, result.stderr
+        loads = ['--device-modules', 'timm_awm'] if name == 'train' else []  # train.py loads it itself
+        assert json.loads(result.stdout) == dict(
+            argv=[str(path), '-b', '2', *loads], plugin=not loads, rank=None, name='__main__')
+        assert f'timm-awm runs {path} -b 2' in result.stderr
+
+
+def test_arguments_pass_through(clean, command):
+    script(clean / 'train.py')
+    args = ['--epochs', '3', '-b', '16', '--opt-kwargs', 'base=sgd', 'period=1', 'data dir', '--crop-pct=.9', '-vb8']
+    script(clean / 'other.py')
+    assert command('train', *args[:4], '--script', 'other.py', *args[4:]) == [
+        'other.py', *args, '--device-modules', 'timm_awm']
+    assert command('train', '--', '--help')[:2] == ['train.py', '--help']
+    script(clean / 'benchmark.py')
+    assert command('benchmark', '--model', 'x', '-c')[2:] == ['benchmark.py', '--model', 'x', '-c']
+
+
+def test_modules_and_recipe_of_train(clean, command):
+    script(clean / 'train.py')
+    name = 'cifar10/awm_resnet20_cifar'
+    assert command('train', '-c', name, '--device-modules', 'json', 'timm_awm') == [
+        'train.py', '-c', str(find_recipe(name)), '--device-modules', 'timm_awm', 'json']
+    (clean / 'mine.yaml').write_text('device_modules: [json]\nepochs: 1\n')
+    assert command('train', '--config', 'mine.yaml') == [
+        'train.py', '-c', 'mine.yaml', '--device-modules', 'timm_awm', 'json']
+
+
+@pytest.mark.parametrize('given, status', [(signal.SIGINT, 9), (signal.SIGTERM, -signal.SIGTERM)])
+def test_signals_reach_the_script(given, status, clean):
+    path = script(clean / 'train.py', WAIT)
+    started = [sys.executable, '-m', 'timm_awm', 'train', '--script', path]
+    # a shell gives its background jobs an ignored SIGINT, which would be inherited
+    with subprocess.Popen(started, stdout=subprocess.PIPE, text=True, preexec_fn=functools.partial(
+            signal.signal, signal.SIGINT, signal.default_int_handler)) as process:
+        assert process.stdout.readline() == 'started\n'
+        time.sleep(.2)  # into its sleep
+        process.send_signal(given)
+        assert process.wait(timeout=10) == status
+
+
+def test_torchrun_in_front(clean):
+    text = REPORT.replace('sys.exit(7)', '').replace('print(', f'open("{clean}/" + os.environ["RANK"], "w").write(')
+    path = script(clean / 'train.py', text)
+    front = [Path(sys.executable).with_name('torchrun'), '--nproc_per_node=2']
+    result = run('train', '--script', path, '--epochs', 3, front=front)
+    assert result.returncode == 0, result.stderr
+    for rank in ('0', '1'):
+        argv = json.loads((clean / rank).read_text())['argv']
+        assert argv == [str(path), '--epochs', '3', '--device-modules', 'timm_awm']
+    assert result.stderr.count('timm-awm runs') == 1
+
+
+def test_where_scripts_are_looked_for(clean, monkeypatch):
+    monkeypatch.setattr(scripts, '_cached_script', lambda name: f'cached {name}')
+    assert find_script('train') == 'cached train'
+    script(clean / 'train.py', 'print("not of timm")')
+    assert find_script('train') == 'cached train'
+    script(clean / 'train.py')
+    script(clean / 'validate.py')
+    assert (find_script('train'), find_script('validate')) == (Path('train.py'), Path('validate.py'))
+    clone = clean / 'clone'
+    monkeypatch.setenv('TIMM_TRAIN_SCRIPT', str(script(clone / 'train.py')))
+    script(clone / 'validate.py')
+    assert (find_script('train'), find_script('validate')) == (clone / 'train.py', clone / 'validate.py')
+    with pytest.raises(FileNotFoundError, match='TIMM_TRAIN_SCRIPT leads to .*benchmark.py.*no file'):
+        find_script('benchmark')
+    assert find_script('train', str(clean / 'train.py')) == clean / 'train.py'
+    with pytest.raises(FileNotFoundError, match='--script leads to .*no file; name train.py in a clone of timm'):
+        find_script('train', str(clean / 'trian.py'))
+
+
+@pytest.fixture
+def published(clean, monkeypatch):
+    """A train.py at a tag, on a server of our own."""
+    content = b'# from timm'
+    page = clean / 'www' / 'v9.8.7' / 'train.py'
+    page.parent.mkdir(parents=True)
+    page.write_bytes(content)
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(clean / 'www'))
+    server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv('NO_PROXY', '127.0.0.1')
+    monkeypatch.setattr(scripts, 'URL', f'http://127.0.0.1:{server.server_port}/v{{version}}/{{name}}.py')
+    monkeypatch.setattr(scripts, 'DIGESTS', {'9.8.7': dict(train=hashlib.sha256(content).hexdigest())})
+    monkeypatch.setattr(timm, '__version__', '9.8.7')
+    yield page
+    server.shutdown()
+    server.server_close()
+
+
+def test_download_is_checked_and_kept(published, capsys):
+    path = find_script('train')
+    assert path.read_bytes() == published.read_bytes() and 'v9.8.7/train.py' in capsys.readouterr().err
+    published.unlink()
+    assert find_script('train') == path
+    assert capsys.readouterr().err == ''
+    path.write_bytes(b'damaged')
+    with pytest.raises(RuntimeError, match='Cannot get.*404.*Clone timm at the tag v9.8.7'):
+        find_script('train')
+
+
+def test_altered_download_is_refused(published):
+    published.write_bytes(b'# from timm, altered')
+    with pytest.raises(RuntimeError, match='Cannot get.*hash.*--script or TIMM_TRAIN_SCRIPT'):
+        find_script('train')
+    assert not [path for path in Path(torch.hub.get_dir()).rglob('*') if path.is_file()]
+
+
+def test_newer_timm_gets_the_newest_known_script(published, monkeypatch, capsys):
+    monkeypatch.setattr(timm, '__version__', '9.9.0')
+    assert find_script('train').read_bytes() == published.read_bytes()
+    assert 'takes train.py of timm 9.8.7, the newest that it was tested with, for timm 9.9.0' in capsys.readouterr().err
+
+
+def test_unknown_recipe():
+    with pytest.raises(FileNotFoundError, match="nearest is 'cifar10/awm_resnet20_cifar'; timm-awm recipes lists"):
+        find_recipe('cifar10/awm_resnet20_cifr')
+
+
+def save(path, age=0):
+    torch.save(dict(x=torch.arange(9999)), path)
+    os.utime(path, ns=(10 ** 18 - age * 10 ** 9,) * 2)
+    return path
+
+
+def cut(path):
+    stat = path.stat()
+    os.truncate(path, stat.st_size // 2)
+    os.utime(path, ns=(stat.st_mtime_ns,) * 2)
+    return path
+
+
+def test_newest_whole_checkpoint(tmp_path):
+    assert find_checkpoint(tmp_path / 'new') is None
+    cut(save(tmp_path / 'tmp.pth.tar', age=4))  # killed in the first save
+    assert find_checkpoint(tmp_path) is None
+    old = save(tmp_path / 'checkpoint-0.pth.tar', age=3)
+    save(tmp_path / 'recovery-1-4.pth.tar')
+    assert find_checkpoint(tmp_path) == old
+    last = save(tmp_path / 'last.pth.tar', age=2)
+    assert find_checkpoint(tmp_path) == last
+    tmp = save(tmp_path / 'tmp.pth.tar', age=1)  # killed before it took the place of the last
+    assert find_checkpoint(tmp_path) == tmp
+    cut(tmp)
+    assert find_checkpoint(tmp_path) == last
+    damaged = bytearray(last.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    last.write_bytes(damaged)
+    assert find_checkpoint(tmp_path) == old
+    cut(old)
+    with pytest.raises(ValueError, match='Every checkpoint in .* is damaged: move the folder away'):
+        find_checkpoint(tmp_path)
+
+
+def test_resume_auto(clean, command, capsys):
+    script(clean / 'train.py')
+    args = ('train', '--output', 'out', '--experiment', 'x', '--resume', 'auto')
+    run_in_folder = ['--output', 'out', '--experiment', 'x']
+    assert command(*args)[1:-2] == run_in_folder
+    assert 'no checkpoint to resume from' in capsys.readouterr().err
+    (clean / 'out' / 'x').mkdir(parents=True)
+    save(clean / 'out' / 'x' / 'last.pth.tar')
+    assert command(*args)[1:-2] == [*run_in_folder, '--resume', 'out/x/last.pth.tar']
+    (clean / 'mine.yaml').write_text('output: out\nexperiment: x')
+    assert command('train', '-c', 'mine.yaml', '--resume', 'auto')[3:-2] == [
+        '--experiment', 'x', '--resume', 'out/x/last.pth.tar']
+    assert command('train', '--resume', 'some.pth.tar')[1:-2] == ['--resume', 'some.pth.tar']
+    assert cli.main(['train', '--resume', 'auto']) == 1
+    assert '--resume auto needs --experiment NAME' in capsys.readouterr().err
