@@ -93,6 +93,7 @@ def test_demo_names_the_missing_extra(capsys, monkeypatch):
     (['demo', '--epochs', '0'], 'must be at least 1, got 0'),
     (['demo', '--epochs', 'many'], "invalid _positive_int value: 'many'"),
     ([], 'required: command'),
+    (['models', '--epochs', '3'], 'unrecognized arguments: --epochs'),
 ])
 def test_usage_errors(args, message, capsys):
     with pytest.raises(SystemExit) as error:
@@ -107,17 +108,17 @@ def test_bad_period_leaves_nothing(tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize('args', [['--help'], ['demo', '--help'], ['models', '--help']])
+@pytest.mark.parametrize('args', [[], ['demo'], ['models'], ['recipes'], ['train'], ['validate'], ['benchmark']])
 def test_help_shows_an_example(args, capsys):
     with pytest.raises(SystemExit, match='0'):
-        cli.main(args)
+        cli.main([*args, '--help'])
     assert 'Example: timm-awm' in capsys.readouterr().out
 
 
 def test_models_is_the_table_of_the_readme(capsys):
     assert cli.main(['models']) == 0
     table = capsys.readouterr().out
-    assert '| awm_resnet20_cifar | 32x32 | 283,514 | 11,040 | 9 |' in table
+    assert '| awm_resnet20_cifar | 32x32 | 283,514 | 11,040 | 9 | 0.0408 |' in table
     assert len(table.splitlines()) == 2 + len(timm.list_models('awm_*'))
     assert table in (Path(__file__).parents[1] / 'README.md').read_text()
 
@@ -125,3 +126,23 @@ def test_models_is_the_table_of_the_readme(capsys):
 def test_models_that_do_not_exist(capsys):
     assert cli.main(['models', 'resnet5*']) == 1
     assert "No AWM model is called 'resnet5*'" in capsys.readouterr().err
+
+
+def test_recipes(tmp_path, capsys):
+    folder = Path(__file__).parents[1] / 'recipes'
+    assert cli.main(['recipes']) == 0
+    listed = capsys.readouterr().out.split()
+    assert listed == sorted(str(path.relative_to(folder).with_suffix('')) for path in folder.glob('*/*.yaml'))
+    assert cli.main(['recipes', 'imagenet/*_lamb']) == 0
+    assert capsys.readouterr().out == 'imagenet/awm_resnet50_lamb\n'
+    text = (folder / 'imagenet' / 'awm_resnet50_lamb.yaml').read_text()
+    assert cli.main(['recipes', '--show', 'imagenet/awm_resnet50_lamb']) == 0
+    assert capsys.readouterr().out == text
+    copy = tmp_path / 'mine.yaml'
+    assert cli.main(['recipes', '--copy', 'imagenet/awm_resnet50_lamb', str(copy)]) == 0
+    assert copy.read_text() == text
+    copy.write_text('precious')
+    assert cli.main(['recipes', '--copy', 'imagenet/awm_resnet50_lamb', str(copy)]) == 1
+    assert copy.read_text() == 'precious' and 'File exists' in capsys.readouterr().err
+    assert cli.main(['recipes', 'imagnet/*']) == 1
+    assert "No recipe is called 'imagnet/*'" in capsys.readouterr().err

@@ -9,20 +9,17 @@ import sys
 from pathlib import Path
 
 import pytest
+import recorder
 import timm
 import torch
+import training_loop
 from PIL import Image
+from switches import COMMON, TABLE, Row, check
 from timm.models import save_for_hf
 
+import timm_awm
+
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE))
-
-import recorder  # noqa: E402
-import training_loop  # noqa: E402
-from switches import COMMON, TABLE, Row, check  # noqa: E402
-
-import timm_awm  # noqa: E402
-
 TRAIN = os.environ.get('TIMM_TRAIN_SCRIPT', '')
 needs_script = pytest.mark.skipif(
     not TRAIN, reason="NOT TESTED: timm's real train.py under every switch. Clone timm at the tag of the installed "

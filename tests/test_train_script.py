@@ -1,18 +1,23 @@
-"""timm's own train.py and validate.py, unmodified, with the recipes of this repository.
+"""timm's own train.py, validate.py and benchmark.py, unmodified, run by timm-awm with the recipes of this repository.
 
 No wheel of timm contains its scripts: set TIMM_TRAIN_SCRIPT to the train.py of a clone of timm.
 """
+import csv
+import json
 import os
+import random
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from timm.models import load_state_dict
 
-RECIPES = Path(__file__).parents[1] / 'recipes'
+HERE = Path(__file__).parent
 TRAIN = os.environ.get('TIMM_TRAIN_SCRIPT', '')
 
 pytestmark = pytest.mark.skipif(
@@ -36,17 +41,38 @@ def data(tmp_path_factory):
     return folder
 
 
-def run(*command, cwd, check=True):
-    env = {**os.environ, 'HF_HOME': str(cwd / 'hf'), 'HF_HUB_OFFLINE': '1', 'OMP_NUM_THREADS': '1'}
-    result = subprocess.run([sys.executable, *map(str, command)], cwd=cwd, env=env, capture_output=True, text=True)
+TORCHRUN = (sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2')
+
+
+def environment(cwd):
+    own = {'HF_HOME': str(cwd / 'hf'), 'HF_HUB_OFFLINE': '1', 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(HERE)}
+    return {**os.environ, **own}
+
+
+def run(*command, cwd, check=True, front=(sys.executable,)):
+    result = subprocess.run(
+        [*front, '-m', 'timm_awm', *map(str, command)], cwd=cwd, env=environment(cwd), capture_output=True, text=True)
     assert not check or result.returncode == 0, result.stderr[-3000:]
     return result
 
 
+def arguments(recipe, data, cwd, *args):
+    return [str(arg) for arg in (
+        'train', '-c', recipe, '--data-dir', data, '--device', 'cpu', '--no-prefetcher', '-j', 1, '-b', 16,
+        '--checkpoint-hist', 20, '--output', cwd, '--experiment', 'run', *args)]
+
+
 def train(recipe, data, cwd, *args, **kwargs):
-    return run(
-        TRAIN, '-c', RECIPES / recipe, '--dataset', f'hfds/{data}', '--device', 'cpu', '--no-prefetcher', '-j', 1,
-        '-b', 16, '--checkpoint-hist', 10, '--output', cwd, '--experiment', 'run', *args, cwd=cwd, **kwargs)
+    return run(*arguments(recipe, data, cwd, *args), cwd=cwd, **kwargs)
+
+
+def epochs(log):
+    """Epochs and phases, as the log names them."""
+    return re.findall(r'Epoch (\d+): (\w)\w+ phase', log)
+
+
+def summary(folder):
+    return list(csv.DictReader((folder / 'summary.csv').open()))
 
 
 def moved(folder, epoch):
@@ -61,50 +87,160 @@ def moved(folder, epoch):
     return ' and '.join(name for name, side in sides.items() if side <= changed)
 
 
+PERIOD_1 = ('--opt-kwargs', 'base=sgd', 'period=1', 'filter_bias_and_bn=False')
+PERIOD_2 = ('--opt-kwargs', 'base=sgd', 'period=2', 'filter_bias_and_bn=False')
+
+
 def test_alternation_and_resume(data, tmp_path):
-    period = ('--opt-kwargs', 'base=sgd', 'period=2', 'filter_bias_and_bn=False')
-    result = train('cifar10/awm_resnet20_cifar.yaml', data, tmp_path, *period, '--epochs', 4)
+    result = train('cifar10/awm_resnet20_cifar', data, tmp_path, *PERIOD_2, '--epochs', 4)
     folder = tmp_path / 'run'
     assert [moved(folder, epoch) for epoch in (1, 2, 3)] == ['backbone', 'merge', 'merge']
-    log = [line.split(',')[0] for line in result.stderr.splitlines() if line.startswith('Epoch ')]
-    assert log == [f'Epoch {i}: {phase} phase' for i, phase in enumerate(['backbone'] * 2 + ['merge'] * 2)]
+    assert epochs(result.stderr) == [('0', 'b'), ('1', 'b'), ('2', 'm'), ('3', 'm')]
+    assert [row['train_phase'] for row in summary(folder)] == ['backbone', 'backbone', 'merge', 'merge']
 
     again = tmp_path / 'again'  # from the middle of the merge phase
     result = train(
-        'cifar10/awm_resnet20_cifar.yaml', data, tmp_path, *period, '--epochs', 6,
+        'cifar10/awm_resnet20_cifar', data, tmp_path, *PERIOD_2, '--epochs', 6,
         '--resume', folder / 'checkpoint-2.pth.tar', '--experiment', 'again')
-    log = [line.split(',')[0] for line in result.stderr.splitlines() if line.startswith('Epoch ')]
-    assert log == [f'Epoch {i}: {phase} phase' for i, phase in zip((3, 4, 5), ('merge', 'backbone', 'backbone'))]
+    assert epochs(result.stderr) == [('3', 'm'), ('4', 'b'), ('5', 'b')]
     (again / 'checkpoint-2.pth.tar').symlink_to(folder / 'checkpoint-2.pth.tar')
     assert [moved(again, epoch) for epoch in (3, 4, 5)] == ['merge', 'backbone', 'backbone']
 
 
+def test_wandb_learns_the_phase(data, tmp_path):
+    (tmp_path / 'wandb.py').write_text(
+        'import json\ndef init(**kwargs): pass\ndef log(row): open("rows", "a").write(json.dumps(row) + "\\n")\n')
+    front = ('env', f'PYTHONPATH={tmp_path}', sys.executable)
+    train('cifar10/awm_resnet14_cifar', data, tmp_path, *PERIOD_1, '--epochs', 2, '--log-wandb', front=front)
+    rows = [json.loads(line) for line in (tmp_path / 'rows').read_text().splitlines()]
+    assert [row['train_phase'] for row in rows] == ['backbone', 'merge']
+
+
 def test_recipe_of_the_plain_control(data, tmp_path):
-    train('cifar10/awm_resnet20_cifar_plain.yaml', data, tmp_path, '--epochs', 1)
+    train('cifar10/awm_resnet20_cifar_plain', data, tmp_path, '--epochs', 1)
+    assert 'train_phase' not in summary(tmp_path / 'run')[0]
     state_dict = load_state_dict(str(tmp_path / 'run' / 'checkpoint-0.pth.tar'))
     assert not any('.merge.' in k for k in state_dict)
 
 
 def test_validate(data, tmp_path):
-    script = str(Path(TRAIN).with_name('validate.py'))
-    train('cifar10/awm_resnet20_cifar.yaml', data, tmp_path, '--epochs', 1)
+    train('cifar10/awm_resnet20_cifar', data, tmp_path, '--epochs', 1)
     result = run(
-        '-c', 'import runpy, timm_awm; runpy.run_path(%r, run_name="__main__")' % script,
-        '--model', 'awm_resnet20_cifar', '--checkpoint', tmp_path / 'run' / 'last.pth.tar', '--device', 'cpu',
-        '--dataset', f'hfds/{data}', '--input-key', 'img', '--target-key', 'label', '--split', 'test', '-b', 16,
-        '--no-prefetcher', '-j', 1, '--num-classes', 10, cwd=tmp_path)
-    trained = (tmp_path / 'run' / 'summary.csv').read_text().splitlines()
-    top1 = float(dict(zip(trained[0].split(','), trained[1].split(',')))['eval_top1'])
+        'validate', '--model', 'awm_resnet20_cifar', '--checkpoint', tmp_path / 'run' / 'last.pth.tar',
+        '--dataset', f'hfds/{data}', '--input-key', 'img', '--target-key', 'label', '--split', 'test',
+        '--device', 'cpu', '-b', 16, '--no-prefetcher', '-j', 1, '--num-classes', 10, cwd=tmp_path)
+    top1 = float(summary(tmp_path / 'run')[0]['eval_top1'])
     assert f'"top1": {top1:.4g}'.rstrip('0').rstrip('.') in result.stdout
 
 
+def test_benchmark(tmp_path):
+    result = run(
+        'benchmark', '--model', 'awm_resnet14_cifar', '--device', 'cpu', '--precision', 'float32', '-b', 2,
+        '--num-bench-iter', 10, '--num-warm-iter', 1, '--bench', 'train', cwd=tmp_path)
+    assert '"model": "awm_resnet14_cifar"' in result.stdout and '"train_samples_per_sec"' in result.stdout
+
+
+@pytest.mark.parametrize('split', [(), ('--grad-accum-steps', 2, '--clip-grad', .05)], ids=['', 'accumulation-clip'])
+def test_two_processes_train_like_one(split, data, tmp_path):
+    # one update an epoch of all 64 images, so that their order does not matter, and no statistics over a batch
+    args = (*PERIOD_1, '--epochs', 6, '--no-aug', '--model-kwargs', 'norm_layer=groupnorm1', *split)
+    share = 2 if split else 1
+    train('cifar10/awm_resnet14_cifar', data, tmp_path, *args, '-b', 64 // share)
+    log = train(
+        'cifar10/awm_resnet14_cifar', data, tmp_path, *args, '-b', 32 // share, '--experiment', 'two',
+        '--device-modules', 'ranks_equal', front=TORCHRUN)
+    assert epochs(log.stderr) == [(str(i), 'bm'[i % 2]) for i in range(6)]
+    assert log.stdout.count('equal after epoch') == 12
+    one, two = (load_state_dict(str(tmp_path / name / 'last.pth.tar')) for name in ('run', 'two'))
+    torch.testing.assert_close(two, one, rtol=1e-3, atol=1e-5)
+
+
+def assert_same_checkpoints(one, two, count):
+    """State of the network and of the optimizer after every epoch, to the last bit.
+
+    A run that is killed between two names that timm gives a checkpoint goes on from it, and does not make up the other.
+    """
+    def assert_same(a, b, where):
+        if isinstance(a, torch.Tensor):
+            assert torch.equal(a, b), where
+        elif isinstance(a, dict):
+            assert list(a) == list(b), where
+            for key in a:
+                assert_same(a[key], b[key], f'{where}, {key}')
+        elif isinstance(a, list):
+            assert_same(dict(enumerate(a)), dict(enumerate(b)), where)
+        else:
+            assert a == b, where
+
+    saved = [epoch for epoch in range(count) if (two / f'checkpoint-{epoch}.pth.tar').exists()]
+    assert len(saved) > count // 2 and saved[-1] == count - 1
+    for epoch in saved:
+        a, b = (torch.load(folder / f'checkpoint-{epoch}.pth.tar', weights_only=False) for folder in (one, two))
+        for key in ('epoch', 'state_dict', 'optimizer'):
+            assert_same(a[key], b[key], f'epoch {epoch}, {key}')
+
+
+def workers(agent):
+    return [int(pid) for pid in Path(f'/proc/{agent}/task/{agent}/children').read_text().split()]
+
+
+def test_elastic_restart_goes_on_in_the_right_phase(data, tmp_path):
+    args = (*PERIOD_2, '--epochs', 8, '--no-aug', '--resume', 'auto')
+    recipe = 'cifar10/awm_resnet14_cifar'
+    train(recipe, data, tmp_path, *args, front=TORCHRUN)
+    command = [*TORCHRUN, '--max-restarts=2', '-m', 'timm_awm', *arguments(
+        recipe, data, tmp_path, *args, '--experiment', 'killed')]
+    log = tmp_path / 'log'
+    with log.open('w') as file, subprocess.Popen(
+            command, cwd=tmp_path, env=environment(tmp_path), stdout=file, stderr=file) as agent:
+        while not (tmp_path / 'killed' / 'checkpoint-2.pth.tar').exists() and agent.poll() is None:
+            time.sleep(.01)
+        os.kill(workers(agent.pid)[-1], signal.SIGKILL)
+        assert agent.wait(timeout=120) == 0, log.read_text()[-3000:]
+    text = log.read_text()
+    assert 'timm-awm resumes from' in text
+    before, after = text.split('timm-awm resumes from', 1)
+    first = int(epochs(after)[0][0])
+    assert first >= 3 and epochs(before)[:3] == [('0', 'b'), ('1', 'b'), ('2', 'm')]
+    assert epochs(after) == [(str(i), 'bbmm'[i % 4]) for i in range(first, 8)]
+    assert_same_checkpoints(tmp_path / 'run', tmp_path / 'killed', 8)
+
+
+def test_killed_anywhere_and_resumed(data, tmp_path, kills=4, count=16, seed=0):
+    args = (*PERIOD_2, '--epochs', count, '--no-aug', '--device-modules', 'killable', '--resume', 'auto')
+    recipe = 'cifar10/awm_resnet14_cifar'
+    train(recipe, data, tmp_path, *args)
+    command = [sys.executable, '-m', 'timm_awm', *arguments(recipe, data, tmp_path, *args, '--experiment', 'killed')]
+    moments = random.Random(seed)
+    while True:
+        log = tmp_path / 'log'
+        with log.open('w') as file, subprocess.Popen(
+                command, cwd=tmp_path, env=environment(tmp_path), stdout=file, stderr=file,
+                start_new_session=True) as process:
+            while not epochs(log.read_text()) and process.poll() is None:
+                time.sleep(.01)
+            if kills:
+                time.sleep(moments.uniform(0, 1.5))
+                assert process.poll() is None, 'the run was over before it had been killed often enough'
+                os.killpg(process.pid, signal.SIGKILL)
+            status = process.wait(timeout=120)
+        text = log.read_text()
+        seen = epochs(text)
+        assert seen == [(str(i), 'bbmm'[i % 4]) for i in range(int(seen[0][0]), int(seen[-1][0]) + 1)], text[-3000:]
+        if not kills:
+            break
+        kills -= 1
+    assert status == 0 and int(seen[-1][0]) == count - 1, text[-3000:]
+    assert_same_checkpoints(tmp_path / 'run', tmp_path / 'killed', count)
+
+
 @pytest.mark.parametrize('args, message', [
-    (('--dataset', 'hfds//no/such'), "data folder '/no/such' does not exist"),
+    (('--data-dir', '', '--dataset', 'hfds//no/such'), "data folder '/no/such' does not exist"),
     (('--model-kwargs', 'awm=False'), 'found no AWM merge.*--opt sgd'),
     (('--opt-kwargs', 'base=sgd', 'period=1.5'), 'period must be a whole number.*got 1.5'),
     (('--opt-kwargs', 'base=adamv', 'period=1'), "Unknown base optimizer 'adamv', the nearest is 'adam"),
 ])
 def test_errors_reach_the_user(args, message, data, tmp_path):
-    result = train('cifar10/awm_resnet20_cifar.yaml', data, tmp_path, *args, check=False)
+    result = train('cifar10/awm_resnet20_cifar', data, tmp_path, *args, check=False)
     assert result.returncode != 0
     assert re.search(message, result.stderr.splitlines()[-1]), result.stderr[-2000:]

@@ -108,7 +108,7 @@ def _models(args: argparse.Namespace) -> None:
         total = sum(p.numel() for p in model.parameters())
         in_merges = sum(p.numel() for m in merges for p in m.parameters())
         gmacs = counter.get_total_flops() / 2e9
-        print(f'| {name} | {size} | {total:,} | {in_merges:,} | {len(merges)} | {gmacs:.2f} |')
+        print(f'| {name} | {size} | {total:,} | {in_merges:,} | {len(merges)} | {gmacs:.3g} |')
 
 
 def _add_recipes(commands) -> None:

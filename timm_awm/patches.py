@@ -17,6 +17,7 @@ import timm
 import timm.data
 import timm.task
 import torch
+import torch.multiprocessing as multiprocessing
 from timm.data import transforms_factory
 from timm.data.transforms import RandomResizedCropAndInterpolation
 from timm.optim import OptimInfo
@@ -97,12 +98,15 @@ def _with_epoch_clock(train_one_epoch):
 
 def _with_phases(prepare_distributed):
     """Where timm wraps a model in DDP: DDP waits for the gradients of a frozen side, unless it may look for unused
-    parameters; and it takes no `device_ids` on a CPU, where train.py gives them."""
+    parameters. And what DDP needs on a CPU, where timm does not use it: no `device_ids`, and loaders that do not fork,
+    for a thread of gloo may hold a lock of Python's just then, and the worker waits for it for ever."""
 
     @functools.wraps(prepare_distributed)
     def with_phases(self, device_ids: Optional[Iterable[Any]] = None, **ddp_kwargs: Any):
         if any(torch.device(device).type == 'cpu' for device in device_ids or ()):
             device_ids = None
+            if multiprocessing.get_start_method() == 'fork':
+                multiprocessing.set_start_method('forkserver', force=True)
         if any(optimizer.schedule.period for optimizer in optim.live()):
             ddp_kwargs['find_unused_parameters'] = True
         return prepare_distributed(self, device_ids=device_ids, **ddp_kwargs)
