@@ -6,9 +6,11 @@ import pickle
 import pytest
 import timm
 import torch
+import torch.distributed.checkpoint as dcp
 import torch.nn as nn
 from timm.optim import Lamb, create_optimizer_v2, list_optimizers
 from timm.scheduler import create_scheduler_v2
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.utils.flop_counter import FlopCounterMode
 
 from timm_awm.layers import SumMerge
@@ -402,6 +404,38 @@ def test_closure():
             assert optimizer.step(closure).item() > 0
     train_by_hand(by_hand, BASES['sgd'][1], 4, lambda epoch: ['backbone', 'merge'][epoch % 2])
     assert_equal(model, by_hand)
+
+
+def test_synchronised_batch_norm_takes_turns_too():
+    model = timm.layers.convert_sync_batchnorm(timm.create_model('awm_resnet14_cifar'))
+    optimizer = alternating(model, base='sgd', period=1, lr=.1)
+    norms = [m for m in model.modules() if isinstance(m, nn.SyncBatchNorm)]
+    assert len(norms) > 10
+    for epoch in range(2):
+        optimizer.set_epoch(epoch)
+        assert {p.requires_grad for m in norms for p in m.parameters()} == {epoch == 0}
+        assert {p.requires_grad for k, p in model.named_parameters() if '.merge.' in k} == {epoch == 1}
+
+
+@pytest.mark.parametrize('base', ['sgd', 'adamw'])
+def test_distributed_checkpoint(base, tmp_path):
+    def make():
+        torch.manual_seed(0)
+        model = net()
+        return model, alternating(model, base=base, period=1, lr=.1, weight_decay=.1)
+
+    model, optimizer = make()
+    train(model, optimizer, 2)
+    state = dict(zip(('model', 'optimizer'), get_state_dict(model, optimizer)))
+    dcp.save(state, checkpoint_id=tmp_path)
+    other, other_optimizer = make()
+    state = dict(zip(('model', 'optimizer'), get_state_dict(other, other_optimizer)))
+    dcp.load(state, checkpoint_id=tmp_path)
+    set_state_dict(other, other_optimizer, model_state_dict=state['model'], optim_state_dict=state['optimizer'])
+    assert (other_optimizer.epoch, other_optimizer.phase) == (1, 'merge')
+    for args in ((model, optimizer), (other, other_optimizer)):
+        train(*args, 4, start=2)
+    assert_equal(model, other)
 
 
 def test_lookahead_does_not_move_the_frozen_side():

@@ -33,7 +33,8 @@ class Alternating(Optimizer):
     gone. Parameters that are frozen already when a phase begins stay so.
 
     Each parameter group is split in two, one for each side, marked by its key 'side'. Its key 'epoch' is the current
-    epoch, so that whatever saves and loads parameter groups (`state_dict`, torch.distributed.checkpoint) keeps it.
+    epoch, so that whatever saves and loads parameter groups (`state_dict`, torch.distributed.checkpoint) keeps it. The
+    latter expects state of all parameters: it loads what was saved after each side has had a phase.
 
     Args:
         params: Parameters or parameter groups, as for any optimizer.
