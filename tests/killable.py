@@ -17,9 +17,9 @@ train_one_epoch, save = main.train_one_epoch, torch.save
 
 
 @functools.wraps(train_one_epoch)
-def in_its_own_order(epoch, *args, **kwargs):
-    torch.manual_seed(epoch)
-    return train_one_epoch(epoch, *args, **kwargs)
+def in_its_own_order(epoch, model, loader, *args, **kwargs):
+    loader.sampler.generator = torch.Generator().manual_seed(epoch)
+    return train_one_epoch(epoch, model, loader, *args, **kwargs)
 
 
 def slow_save(state, path):

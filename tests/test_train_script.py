@@ -59,7 +59,7 @@ def run(*command, cwd, check=True, front=(sys.executable,)):
 def arguments(recipe, data, cwd, *args):
     return [str(arg) for arg in (
         'train', '-c', recipe, '--data-dir', data, '--device', 'cpu', '--no-prefetcher', '-j', 1, '-b', 16,
-        '--checkpoint-hist', 20, '--output', cwd, '--experiment', 'run', *args)]
+        '--checkpoint-hist', 100, '--output', cwd, '--experiment', 'run', *args)]
 
 
 def train(recipe, data, cwd, *args, **kwargs):
