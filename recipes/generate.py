@@ -175,7 +175,10 @@ class Recipe(NamedTuple):
     shared: str
 
     def text(self) -> str:
-        start = [f'# Start: timm-awm train -c {self.name}', f'#   or: python train.py -c recipes/{self.name}.yaml']
+        start = [
+            f'# Start: timm-awm train -c {self.name}',
+            f'#   or: python path/to/train.py -c recipes/{self.name}.yaml',
+        ]
         header = [*map(comment, self.about), '#', *start, *map(comment, self.use)]
         return '\n'.join([*header, '', *self.keys, '', self.shared])
 
@@ -437,11 +440,7 @@ def files() -> Dict[Path, str]:
 
 
 def main() -> None:
-    texts = files()
-    for path in ROOT.glob('*/*.yaml'):
-        if path not in texts:
-            path.unlink()
-    for path, text in texts.items():
+    for path, text in files().items():
         path.parent.mkdir(exist_ok=True)
         path.write_text(text, encoding='utf-8')
 

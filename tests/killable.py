@@ -36,8 +36,9 @@ def slow_save(state, path):
 def slow(function):
     @functools.wraps(function)
     def slowly(*args):
-        function(*args)
+        result = function(*args)
         time.sleep(.05)
+        return result
 
     return slowly
 

@@ -117,10 +117,38 @@ def test_train_py_gets_the_clock_and_the_folder_check(monkeypatch):
 
 
 @pytest.mark.parametrize('name, root', [
-    ('', '/no/such'), ('', None), ('hfds//no/such', None), ('hfds/./no-such', None), ('hfds/no/such/cifar10', None)])
+    ('', '/no/such'), ('', None), ('hfds//no/such', None), ('hfds/./no-such', None), ('hfds/no/such/cifar10', None),
+    ('hfds/uoft-cs/cifar10', '/no/such')])
 def test_missing_data_folder(name, root):
     with pytest.raises(FileNotFoundError, match='(?s)data folder .* does not exist. Give.*--data-dir.*--dataset hfds'):
         timm.data.create_dataset(name, root=root, split='train')
+
+
+def test_class_folders_in_place_of_a_data_set_of_the_hub(tmp_path):
+    for split, size in (('train', 3), ('val', 2)):
+        for label in ('cat', 'dog'):
+            (tmp_path / split / label).mkdir(parents=True)
+            for i in range(size):
+                picture().save(tmp_path / split / label / f'{i}.png')
+
+    def size(split):
+        keys = dict(input_key='img', target_key='label')
+        return len(timm.data.create_dataset('hfds/uoft-cs/cifar10', str(tmp_path), split, **keys))
+
+    assert (size('train'), size('test'), size('validation'), size('val')) == (6, 4, 4, 4)
+    (tmp_path / 'val').rename(tmp_path / 'elsewhere')
+    with pytest.raises(FileNotFoundError, match="has no folder 'test' of images.*--val-split"):
+        size('test')
+
+
+def test_parquet_files_in_place_of_a_data_set_of_the_hub(tmp_path, monkeypatch):
+    check = patches._with_local_data(lambda name, root, split, **kwargs: (name, root, split))
+    (tmp_path / 'plain_text' / 'train').mkdir(parents=True)
+    cached = 'hfds/uoft-cs/cifar10', str(tmp_path), 'train'
+    assert check(*cached) == cached
+    (tmp_path / 'plain_text' / 'train' / '0.parquet').touch()
+    monkeypatch.chdir(tmp_path)
+    assert check('hfds/uoft-cs/cifar10', '.', 'train') == (f'hfds/{tmp_path}', None, 'train')
 
 
 def test_other_data_sets_pass_the_folder_check(tmp_path):

@@ -115,7 +115,7 @@ def test_no_key_stands_twice_in_a_file():
 def test_every_recipe_loads_the_plugin_and_its_header_names_it():
     for name, text in TEXTS.items():
         assert RECIPES[name]['device_modules'] == ['timm_awm'], name
-        assert f'timm-awm train -c {name}\n' in text and f'python train.py -c recipes/{name}.yaml\n' in text
+        assert f'timm-awm train -c {name}\n' in text and f'python path/to/train.py -c recipes/{name}.yaml\n' in text
         for file in re.findall(r'[\w/]+\.yaml', text.replace(f'recipes/{name}.yaml', '')):
             assert (ROOT / name).with_name(file).is_file(), f'{name} names {file}'
         assert max(map(len, text.splitlines())) <= 120, name

@@ -19,7 +19,7 @@ from timm_awm import cli, scripts
 from timm_awm.scripts import find_checkpoint, find_recipe, find_script
 
 REPORT = '''\
-# from timm
+# Copyright Ross Wightman
 import json, os, sys
 print(json.dumps(dict(argv=sys.argv, plugin='timm_awm' in sys.modules, rank=os.environ.get('RANK'), name=__name__)))
 sys.exit(7)
@@ -83,6 +83,7 @@ def test_arguments_pass_through(clean, command):
     assert command('train', *args[:4], '--script', 'other.py', *args[4:]) == [
         'other.py', *args, '--device-modules', 'timm_awm']
     assert command('train', '--', '--help')[:2] == ['train.py', '--help']
+    assert command('train', '-b', '2', '--', 'data')[1:] == ['-b', '2', '--device-modules', 'timm_awm', '--', 'data']
     script(clean / 'benchmark.py')
     assert command('benchmark', '--model', 'x', '-c')[2:] == ['benchmark.py', '--model', 'x', '-c']
 
@@ -125,7 +126,7 @@ def test_torchrun_in_front(clean):
 def test_where_scripts_are_looked_for(clean, monkeypatch):
     monkeypatch.setattr(scripts, '_cached_script', lambda name: f'cached {name}')
     assert find_script('train') == 'cached train'
-    script(clean / 'train.py', 'print("not of timm")')
+    script(clean / 'train.py', 'from timm import create_model  # a script of the user')
     assert find_script('train') == 'cached train'
     script(clean / 'train.py')
     script(clean / 'validate.py')
@@ -134,7 +135,9 @@ def test_where_scripts_are_looked_for(clean, monkeypatch):
     monkeypatch.setenv('TIMM_TRAIN_SCRIPT', str(script(clone / 'train.py')))
     script(clone / 'validate.py')
     assert (find_script('train'), find_script('validate')) == (clone / 'train.py', clone / 'validate.py')
-    with pytest.raises(FileNotFoundError, match='TIMM_TRAIN_SCRIPT leads to .*benchmark.py.*no file'):
+    assert find_script('benchmark') == 'cached benchmark'
+    (clone / 'train.py').rename(clone / 'moved.py')
+    with pytest.raises(FileNotFoundError, match='TIMM_TRAIN_SCRIPT leads to .*train.py.*no file'):
         find_script('benchmark')
     assert find_script('train', str(clean / 'train.py')) == clean / 'train.py'
     with pytest.raises(FileNotFoundError, match='--script leads to .*no file; name train.py in a clone of timm'):
@@ -184,34 +187,37 @@ def test_newer_timm_gets_the_newest_known_script(published, monkeypatch, capsys)
     assert 'takes train.py of timm 9.8.7, the newest that it was tested with, for timm 9.9.0' in capsys.readouterr().err
 
 
-def test_unknown_recipe():
+def test_recipe_names():
+    assert find_recipe('cifar10/awm_resnet20_cifar.yaml') == find_recipe('cifar10/awm_resnet20_cifar')
+    with pytest.raises(FileNotFoundError, match="'data' is neither a file nor a recipe; timm-awm recipes"):
+        find_recipe('data')
     with pytest.raises(FileNotFoundError, match="nearest is 'cifar10/awm_resnet20_cifar'; timm-awm recipes lists"):
         find_recipe('cifar10/awm_resnet20_cifr')
 
 
-def save(path, age=0):
+def save(path):
     torch.save(dict(x=torch.arange(9999)), path)
-    os.utime(path, ns=(10 ** 18 - age * 10 ** 9,) * 2)
     return path
 
 
 def cut(path):
-    stat = path.stat()
-    os.truncate(path, stat.st_size // 2)
-    os.utime(path, ns=(stat.st_mtime_ns,) * 2)
+    os.truncate(path, path.stat().st_size // 2)
     return path
 
 
 def test_newest_whole_checkpoint(tmp_path):
     assert find_checkpoint(tmp_path / 'new') is None
-    cut(save(tmp_path / 'tmp.pth.tar', age=4))  # killed in the first save
+    tmp = cut(save(tmp_path / 'tmp.pth.tar'))  # killed in the first save
     assert find_checkpoint(tmp_path) is None
-    old = save(tmp_path / 'checkpoint-0.pth.tar', age=3)
-    save(tmp_path / 'recovery-1-4.pth.tar')
+    last = save(tmp_path / 'last.pth.tar')  # files that are copied do not keep their times
+    save(tmp_path / 'checkpoint-9.pth.tar')
+    old = save(tmp_path / 'checkpoint-10.pth.tar')
+    last.rename(tmp_path / 'away')
+    save(tmp_path / 'recovery-11-4.pth.tar')
     assert find_checkpoint(tmp_path) == old
-    last = save(tmp_path / 'last.pth.tar', age=2)
+    (tmp_path / 'away').rename(last)
     assert find_checkpoint(tmp_path) == last
-    tmp = save(tmp_path / 'tmp.pth.tar', age=1)  # killed before it took the place of the last
+    save(tmp)  # killed before it took the place of the last
     assert find_checkpoint(tmp_path) == tmp
     cut(tmp)
     assert find_checkpoint(tmp_path) == last
@@ -220,6 +226,7 @@ def test_newest_whole_checkpoint(tmp_path):
     last.write_bytes(damaged)
     assert find_checkpoint(tmp_path) == old
     cut(old)
+    cut(tmp_path / 'checkpoint-9.pth.tar')
     with pytest.raises(ValueError, match='Every checkpoint in .* is damaged: move the folder away'):
         find_checkpoint(tmp_path)
 
@@ -228,14 +235,37 @@ def test_resume_auto(clean, command, capsys):
     script(clean / 'train.py')
     args = ('train', '--output', 'out', '--experiment', 'x', '--resume', 'auto')
     run_in_folder = ['--output', 'out', '--experiment', 'x']
-    assert command(*args)[1:-2] == run_in_folder
+    assert command(*args)[1:-2] == [*run_in_folder, '--resume', '']
     assert 'no checkpoint to resume from' in capsys.readouterr().err
     (clean / 'out' / 'x').mkdir(parents=True)
     save(clean / 'out' / 'x' / 'last.pth.tar')
     assert command(*args)[1:-2] == [*run_in_folder, '--resume', 'out/x/last.pth.tar']
-    (clean / 'mine.yaml').write_text('output: out\nexperiment: x')
-    assert command('train', '-c', 'mine.yaml', '--resume', 'auto')[3:-2] == [
-        '--experiment', 'x', '--resume', 'out/x/last.pth.tar']
+    (clean / 'mine.yaml').write_text('output: out\nexperiment: x\nresume: auto')
+    assert command('train', '-c', 'mine.yaml')[3:-2] == ['--resume', 'out/x/last.pth.tar']
+    assert command('train', '-c', 'mine.yaml', '--resume', '', '--output', '')[3:-2] == ['--output', '', '--resume', '']
     assert command('train', '--resume', 'some.pth.tar')[1:-2] == ['--resume', 'some.pth.tar']
     assert cli.main(['train', '--resume', 'auto']) == 1
     assert '--resume auto needs --experiment NAME' in capsys.readouterr().err
+    assert cli.main([*args, '--start-epoch=3']) == 1
+    assert 'leave --start-epoch out' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('text, message', [('- a', 'must hold names and values'), ('a: b: c', 'is no YAML file')])
+def test_bad_config(text, message, clean, capsys):
+    script(clean / 'train.py')
+    (clean / 'mine.yaml').write_text(text)
+    assert cli.main(['train', '-c', 'mine.yaml']) == 1
+    assert f'mine.yaml {message}' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('bit', range(0, 8 * 1600, 331))
+def test_damage_is_no_other_error(bit, tmp_path):
+    path = tmp_path / 'last.pth.tar'
+    torch.save(dict(x=torch.arange(9)), path)
+    damaged = bytearray(path.read_bytes())
+    damaged[-1 - bit // 8 % len(damaged)] ^= 1 << bit % 8
+    path.write_bytes(damaged)
+    try:
+        assert find_checkpoint(tmp_path) == path  # none of its data: torch will see it or need not
+    except ValueError as error:
+        assert 'is damaged' in str(error)

@@ -130,7 +130,7 @@ def test_validate(data, tmp_path):
         '--dataset', f'hfds/{data}', '--input-key', 'img', '--target-key', 'label', '--split', 'test',
         '--device', 'cpu', '-b', 16, '--no-prefetcher', '-j', 1, '--num-classes', 10, cwd=tmp_path)
     top1 = float(summary(tmp_path / 'run')[0]['eval_top1'])
-    assert f'"top1": {top1:.4g}'.rstrip('0').rstrip('.') in result.stdout
+    assert json.loads(result.stdout.split('--result')[1])['top1'] == pytest.approx(top1, abs=1e-3)
 
 
 def test_benchmark(tmp_path):
@@ -155,7 +155,7 @@ def test_two_processes_train_like_one(split, data, tmp_path):
     torch.testing.assert_close(two, one, rtol=1e-3, atol=1e-5)
 
 
-def assert_same_checkpoints(one, two, count):
+def assert_same_checkpoints(one, two, count, kills):
     """State of the network and of the optimizer after every epoch, to the last bit.
 
     A run that is killed between two names that timm gives a checkpoint goes on from it, and does not make up the other.
@@ -173,7 +173,7 @@ def assert_same_checkpoints(one, two, count):
             assert a == b, where
 
     saved = [epoch for epoch in range(count) if (two / f'checkpoint-{epoch}.pth.tar').exists()]
-    assert len(saved) > count // 2 and saved[-1] == count - 1
+    assert len(saved) >= count - kills and saved[-1] == count - 1
     for epoch in saved:
         a, b = (torch.load(folder / f'checkpoint-{epoch}.pth.tar', weights_only=False) for folder in (one, two))
         for key in ('epoch', 'state_dict', 'optimizer'):
@@ -203,7 +203,7 @@ def test_elastic_restart_goes_on_in_the_right_phase(data, tmp_path):
     first = int(epochs(after)[0][0])
     assert first >= 3 and epochs(before)[:3] == [('0', 'b'), ('1', 'b'), ('2', 'm')]
     assert epochs(after) == [(str(i), 'bbmm'[i % 4]) for i in range(first, 8)]
-    assert_same_checkpoints(tmp_path / 'run', tmp_path / 'killed', 8)
+    assert_same_checkpoints(tmp_path / 'run', tmp_path / 'killed', 8, kills=1)
 
 
 def test_killed_anywhere_and_resumed(data, tmp_path, kills=4, count=16, seed=0):
@@ -212,6 +212,7 @@ def test_killed_anywhere_and_resumed(data, tmp_path, kills=4, count=16, seed=0):
     train(recipe, data, tmp_path, *args)
     command = [sys.executable, '-m', 'timm_awm', *arguments(recipe, data, tmp_path, *args, '--experiment', 'killed')]
     moments = random.Random(seed)
+    left = kills
     while True:
         log = tmp_path / 'log'
         with log.open('w') as file, subprocess.Popen(
@@ -219,7 +220,7 @@ def test_killed_anywhere_and_resumed(data, tmp_path, kills=4, count=16, seed=0):
                 start_new_session=True) as process:
             while not epochs(log.read_text()) and process.poll() is None:
                 time.sleep(.01)
-            if kills:
+            if left:
                 time.sleep(moments.uniform(0, 1.5))
                 assert process.poll() is None, 'the run was over before it had been killed often enough'
                 os.killpg(process.pid, signal.SIGKILL)
@@ -227,11 +228,11 @@ def test_killed_anywhere_and_resumed(data, tmp_path, kills=4, count=16, seed=0):
         text = log.read_text()
         seen = epochs(text)
         assert seen == [(str(i), 'bbmm'[i % 4]) for i in range(int(seen[0][0]), int(seen[-1][0]) + 1)], text[-3000:]
-        if not kills:
+        if not left:
             break
-        kills -= 1
+        left -= 1
     assert status == 0 and int(seen[-1][0]) == count - 1, text[-3000:]
-    assert_same_checkpoints(tmp_path / 'run', tmp_path / 'killed', count)
+    assert_same_checkpoints(tmp_path / 'run', tmp_path / 'killed', count, kills)
 
 
 @pytest.mark.parametrize('args, message', [

@@ -37,7 +37,7 @@ def main(args: Optional[List[str]] = None) -> int:
     _add_script(commands, 'benchmark', 'times', 'timm-awm benchmark --model awm_resnet50 --bench train -b 64 --amp')
     parsed, parsed_by_script = parser.parse_known_args(args)
     if 'script' in parsed:
-        parsed.args = parsed_by_script[parsed_by_script[:1] == ['--']:]
+        parsed.args = parsed_by_script[1:] if parsed_by_script[:1] == ['--'] else parsed_by_script
     elif parsed_by_script:
         parser.error(f'unrecognized arguments: {" ".join(parsed_by_script)}')
     signal.signal(signal.SIGTERM, _terminate)  # so that a command cleans up behind itself
@@ -127,7 +127,7 @@ def _add_recipes(commands) -> None:
 
 
 def _recipes(args: argparse.Namespace) -> None:
-    if args.show:
+    if args.show is not None:
         print(scripts.find_recipe(args.show).read_text(), end='')
     elif args.copy:
         name, goal = args.copy

@@ -7,6 +7,7 @@ was.
 """
 import functools
 import inspect
+import logging
 import os
 import sys
 from pathlib import Path
@@ -28,6 +29,8 @@ from . import optim
 
 __all__ = ['install']
 
+_logger = logging.getLogger(__name__)
+
 
 def install() -> None:
     default_registry.register(OptimInfo(
@@ -42,7 +45,7 @@ def install() -> None:
     timm.data.create_dataset = _with_local_data(timm.data.create_dataset)
     tasks: Any = [task for task in vars(timm.task).values() if 'prepare_distributed' in getattr(task, '__dict__', ())]
     for task in tasks:
-        task.prepare_distributed = _with_phases(task.prepare_distributed)
+        task.prepare_distributed = _with_own_ddp(task.prepare_distributed)
     hook_train_script()
 
 
@@ -96,22 +99,23 @@ def _with_epoch_clock(train_one_epoch):
     return with_epoch_clock
 
 
-def _with_phases(prepare_distributed):
+def _with_own_ddp(prepare_distributed):
     """Where timm wraps a model in DDP: DDP waits for the gradients of a frozen side, unless it may look for unused
-    parameters. And what DDP needs on a CPU, where timm does not use it: no `device_ids`, and loaders that do not fork,
-    for a thread of gloo may hold a lock of Python's just then, and the worker waits for it for ever."""
+    parameters. On a CPU, where timm does not use it, DDP takes no `device_ids`, and loaders must not fork: a thread of
+    gloo may hold a lock of Python's just then, for which the worker would wait for ever."""
 
     @functools.wraps(prepare_distributed)
-    def with_phases(self, device_ids: Optional[Iterable[Any]] = None, **ddp_kwargs: Any):
+    def with_own_ddp(self, device_ids: Optional[Iterable[Any]] = None, **ddp_kwargs: Any):
         if any(torch.device(device).type == 'cpu' for device in device_ids or ()):
             device_ids = None
             if multiprocessing.get_start_method() == 'fork':
                 multiprocessing.set_start_method('forkserver', force=True)
+                _logger.info('DDP on a CPU: data loaders start their workers by forkserver, not by fork.')
         if any(optimizer.schedule.period for optimizer in optim.live()):
             ddp_kwargs['find_unused_parameters'] = True
         return prepare_distributed(self, device_ids=device_ids, **ddp_kwargs)
 
-    return with_phases
+    return with_own_ddp
 
 
 def _with_local_data(create_dataset):
@@ -122,11 +126,15 @@ def _with_local_data(create_dataset):
     def with_local_data(
             name: str, root: Optional[str] = None, split: str = 'validation', *args: Any, **kwargs: Any):
         if name.startswith('hfds/') and root:
-            if any(Path(root).glob('*.parquet')) or any(Path(root).glob('*/*.parquet')):
-                name, root = f'hfds/{root}', None
-            elif Path(root, 'train').is_dir():  # timm finds the other split, 'val' for 'validation' too
-                name = ''
+            _require_folder(root)
+            train = Path(root, 'train')
+            if train.is_dir() and not any(train.glob('*.parquet')):
+                name, root = '', _split_folder(root, split)
                 kwargs = {key: value for key, value in kwargs.items() if key not in ('input_key', 'target_key')}
+            elif any(Path(root).rglob('*.parquet')):
+                name, root = f'hfds/{os.path.abspath(root)}', None
+            else:
+                _logger.info(f'{root} holds neither Parquet files nor a folder train: it is the cache for {name}.')
         kind, _, place = name.partition('/')
         if not place:  # a folder of images; other kinds may create theirs
             _require_folder(root)
@@ -135,6 +143,16 @@ def _with_local_data(create_dataset):
         return create_dataset(name, root, split, *args, **kwargs)
 
     return with_local_data
+
+
+def _split_folder(root: str, split: str) -> str:
+    """The folder of a split; timm would take the root, with the training images in it, if there were none."""
+    names = [split] if split == 'train' else [split, 'val', 'validation', 'test']
+    folders = [folder for folder in (os.path.join(root, name) for name in names) if os.path.isdir(folder)]
+    if not folders:
+        raise FileNotFoundError(
+            f'{root} has no folder {split!r} of images: name one with --train-split or --val-split.')
+    return folders[0]
 
 
 def _require_folder(folder: Optional[str]) -> None:

@@ -4,8 +4,12 @@ unmodified with the plugin loaded.
 import difflib
 import hashlib
 import os
+import re
+import shlex
 import sys
 import zipfile
+import zlib
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any, Dict, List, NoReturn, Optional, Sequence
 
@@ -15,7 +19,7 @@ import yaml
 
 __all__ = ['find_checkpoint', 'find_recipe', 'find_script', 'recipes', 'run_train', 'run_with_plugin']
 
-# SHA-256 of the scripts at timm's tags, for the versions that timm_awm is tested with
+# SHA-256 of timm's scripts, at the tags whose scripts timm_awm is tested with
 DIGESTS: Dict[str, Dict[str, str]] = {
     '1.0.26': dict(
         train='4dbf00cb971ac246ead5fd37ae4dfb3b9183864962cc2c819f7c2706582ec1f7',
@@ -34,7 +38,9 @@ DIGESTS: Dict[str, Dict[str, str]] = {
     ),
 }
 URL = 'https://raw.githubusercontent.com/huggingface/pytorch-image-models/v{version}/{name}.py'
-RUN_WITH_PLUGIN = 'import runpy, sys, timm_awm; del sys.argv[0]; runpy.run_path(sys.argv[0], run_name="__main__")'
+RUN_WITH_PLUGIN = (
+    'import os, runpy, sys; del sys.argv[0]; sys.path[0] = os.path.dirname(os.path.abspath(sys.argv[0])); '
+    'import timm_awm; runpy.run_path(sys.argv[0], run_name="__main__")')
 
 
 def find_script(name: str, given: Optional[str] = None) -> Path:
@@ -53,15 +59,16 @@ def find_script(name: str, given: Optional[str] = None) -> Path:
         RuntimeError: It cannot be downloaded, or what came is not what timm published.
     """
     train = os.environ.get('TIMM_TRAIN_SCRIPT')
-    beside = str(Path(train).with_name(f'{name}.py')) if train and name != 'train' else train
-    for source, path in (('--script', given), ('TIMM_TRAIN_SCRIPT', beside)):
-        if path and not Path(path).is_file():
-            raise FileNotFoundError(f'{source} leads to {path!r}, which is no file; name {name}.py in a clone of timm.')
-        if path:
-            return Path(path)
-    local = Path(f'{name}.py')
-    if local.is_file() and 'from timm' in local.read_text(errors='replace'):
-        return local
+    for source, named, script in (('--script', given, name), ('TIMM_TRAIN_SCRIPT', train, 'train')):
+        if named and not Path(named).is_file():
+            raise FileNotFoundError(
+                f'{source} leads to {named!r}, which is no file; name {script}.py in a clone of timm.')
+        if named and script == name:
+            return Path(named)
+    beside = [Path(train).with_name(f'{name}.py')] if train else []
+    for path in (*beside, Path(f'{name}.py')):
+        if path.is_file() and 'Ross Wightman' in path.read_text(errors='replace'):  # who signs timm's scripts
+            return path
     return _cached_script(name)
 
 
@@ -75,10 +82,10 @@ def _cached_script(name: str) -> Path:
     if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != digest:
         url = URL.format(version=version, name=name)
         _say(f'downloads {url}')
-        path.parent.mkdir(parents=True, exist_ok=True)
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(url, str(path), hash_prefix=digest, progress=False)
-        except (OSError, RuntimeError) as error:
+        except (OSError, RuntimeError, HTTPException) as error:
             raise RuntimeError(
                 f"Cannot get timm's {name}.py from {url}: {error}. Clone timm at the tag v{version} and name the "
                 'script with --script or TIMM_TRAIN_SCRIPT.') from error
@@ -103,11 +110,11 @@ def find_recipe(name: str) -> Path:
     if Path(name).is_file():
         return Path(name)
     known = recipes()
-    if name not in known:
-        nearest = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
-        raise FileNotFoundError(
-            f'{name!r} is neither a file nor a recipe, the nearest is {nearest!r}; timm-awm recipes lists them all.')
-    return known[name]
+    recipe = name.removesuffix('.yaml')
+    if recipe not in known:
+        hint = ''.join(f', the nearest is {near!r}' for near in difflib.get_close_matches(recipe, known, n=1))
+        raise FileNotFoundError(f'{name!r} is neither a file nor a recipe{hint}; timm-awm recipes lists them all.')
+    return known[recipe]
 
 
 def find_checkpoint(folder: Path) -> Optional[Path]:
@@ -120,9 +127,12 @@ def find_checkpoint(folder: Path) -> Optional[Path]:
     Raises:
         ValueError: All checkpoints are damaged.
     """
-    kept = [*folder.glob('last.pth.tar'), *folder.glob('checkpoint-*.pth.tar')]
-    files = [*kept, *folder.glob('tmp.pth.tar')]
-    for path in sorted(files, key=lambda path: path.stat().st_mtime_ns, reverse=True):
+    numbered = {
+        int(match[1]): path
+        for path in folder.glob('*') if (match := re.fullmatch(r'checkpoint-(\d+)\.pth\.tar', path.name))
+    }
+    kept = [*folder.glob('last.pth.tar'), *(numbered[epoch] for epoch in sorted(numbered, reverse=True))]
+    for path in (*folder.glob('tmp.pth.tar'), *kept):
         if _is_whole(path):
             return path
     if kept:
@@ -134,7 +144,7 @@ def _is_whole(path: Path) -> bool:
     try:
         with zipfile.ZipFile(path) as file:
             return file.testzip() is None
-    except zipfile.BadZipFile:
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError):  # what damage anywhere in it can raise
         return False
 
 
@@ -160,26 +170,42 @@ def run_train(
 
     Raises:
         FileNotFoundError: There is no such recipe.
-        ValueError: 'auto' without the name of an experiment.
+        ValueError: The YAML file does not hold names and values; 'auto' without the name of an experiment or with
+            --start-epoch.
     """
     defaults: Dict[str, Any] = {}
     command = [str(script)]
     if config is not None:
         path = find_recipe(config)
-        defaults = yaml.safe_load(path.read_text()) or {}
+        defaults = _read_config(path)
         command += ['-c', str(path)]
+    resume = defaults.get('resume') if resume is None else resume
     if resume == 'auto':
-        experiment = experiment or defaults.get('experiment')
-        if not experiment:
+        name = experiment or defaults.get('experiment')
+        if not name:
             raise ValueError('--resume auto needs --experiment NAME, for without it each start makes a new folder.')
-        checkpoint = find_checkpoint(Path(output or defaults.get('output') or 'output/train', experiment))
+        if any(arg.partition('=')[0] == '--start-epoch' for arg in args):
+            raise ValueError('--resume auto takes the epoch from the checkpoint: leave --start-epoch out.')
+        checkpoint = find_checkpoint(Path(output or defaults.get('output') or 'output/train', str(name)))
         _say(f'resumes from {checkpoint}' if checkpoint else 'has no checkpoint to resume from, starts the run')
         resume = str(checkpoint or '')
     for flag, value in (('--output', output), ('--experiment', experiment), ('--resume', resume)):
-        command += [flag, value] if value else []
+        command += [] if value is None else [flag, value]
     modules = device_modules or defaults.get('device_modules') or []
+    end = args.index('--') if '--' in args else len(args)
     # at the end, for it takes all values that follow
-    _become([*command, *args, '--device-modules', 'timm_awm', *(m for m in modules if m != 'timm_awm')])
+    command += [*args[:end], '--device-modules', 'timm_awm', *(m for m in modules if m != 'timm_awm'), *args[end:]]
+    _become(command)
+
+
+def _read_config(path: Path) -> Dict[str, Any]:
+    try:
+        config = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f'{path} is no YAML file: {error}') from error
+    if not isinstance(config, dict):
+        raise ValueError(f'{path} must hold names and values, such as epochs: 10.')
+    return config
 
 
 def run_with_plugin(script: Path, args: Sequence[str]) -> NoReturn:
@@ -189,7 +215,7 @@ def run_with_plugin(script: Path, args: Sequence[str]) -> NoReturn:
 
 def _become(command: List[str]) -> NoReturn:
     """Replaces this process, so that signals, exit status and the place in torchrun are the script's own."""
-    _say('runs ' + ' '.join(command if command[0] != '-c' else command[2:]))
+    _say('runs ' + shlex.join(command[2:] if command[0] == '-c' else command))
     sys.stdout.flush()
     os.execv(sys.executable, [sys.executable, *command])
 

@@ -138,9 +138,12 @@ class Alternating(Optimizer):
     def unfreeze(self) -> None:
         """Give back what the optimizer has frozen, for what comes after the training; `set_epoch` freezes again."""
         _thaw(self._frozen)
+        renew_compiled_guards()
 
     def step(self, closure: Optional[Callable[[], float]] = None) -> Optional[float]:  # type: ignore[override]
-        if self.epoch is None and not any(group['lr'] for group in self.param_groups):
+        if self.epoch is None and not any(
+                group['lr'] or any(p.grad is not None and p.grad.any() for p in group['params'])
+                for group in self.param_groups):
             return self.base.step(closure)  # moves nothing: torch.distributed.checkpoint creates the state so
         idle = self._idle
         for p in self._parameters(idle):
@@ -208,7 +211,6 @@ def _thaw(frozen: List[Tensor]) -> None:
     for p in frozen:
         p.requires_grad_(True)
     frozen.clear()
-    renew_compiled_guards()
 
 
 def _split(group: Dict[str, Any]) -> List[Dict[str, Any]]:
