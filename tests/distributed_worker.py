@@ -9,8 +9,10 @@ import timm
 import timm.utils
 import torch
 import torch.distributed as dist
+from timm.models import model_parameters
 from timm.optim import create_optimizer_v2
 from timm.task import ClassificationTask
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 
 import timm_awm  # noqa: F401
@@ -21,6 +23,7 @@ result, accumulate, clip = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 dist.init_process_group('gloo')
 rank, ranks = dist.get_rank(), dist.get_world_size()
 torch.manual_seed(0)
+torch.set_default_dtype(torch.float64)  # float32's rounding grows over the updates
 # normalisation within each image, so that the size of a local batch does not matter
 model = timm.create_model('awm_resnet14_cifar', num_classes=4, norm_layer='groupnorm1')
 task = ClassificationTask(model, torch.nn.CrossEntropyLoss(), verbose=False)
@@ -28,6 +31,7 @@ optimizer = create_optimizer_v2(
     model, opt='alternating', base='sgd', period=1, lr=.05, momentum=.9, weight_decay=1e-3)
 if ranks > 1:
     task.prepare_distributed(device_ids=[torch.device('cpu')])  # as train.py calls it
+    ddp = next(m for m in task.modules() if isinstance(m, DistributedDataParallel))
 data = torch.Generator().manual_seed(0)
 flops = {}
 for epoch in range(EPOCHS):
@@ -38,13 +42,13 @@ for epoch in range(EPOCHS):
         with FlopCounterMode(display=False) as counter:
             for i, (x, y) in enumerate(zip(images, labels)):
                 if ranks > 1 and i < accumulate - 1:
-                    with task.no_sync():
+                    with ddp.no_sync():
                         (task(x, y)['loss'] / accumulate).backward()
                 else:
                     (task(x, y)['loss'] / accumulate).backward()
         flops[optimizer.phase] = counter.get_total_flops()
         if clip != 'none':
-            timm.utils.dispatch_clip_grad(task.get_clip_parameters(exclude_head=clip == 'agc'), value=.01, mode=clip)
+            timm.utils.dispatch_clip_grad(model_parameters(model, exclude_head=clip == 'agc'), value=.01, mode=clip)
         optimizer.step()
         optimizer.zero_grad()
     mine = torch.cat([p.detach().flatten() for p in model.parameters()])

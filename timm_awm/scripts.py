@@ -144,7 +144,7 @@ def _is_whole(path: Path) -> bool:
     try:
         with zipfile.ZipFile(path) as file:
             return file.testzip() is None
-    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError):  # what damage anywhere in it can raise
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, ValueError):  # what damage can raise
         return False
 
 
