@@ -11,7 +11,7 @@ import timm
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from . import __version__, scripts
+from . import __version__, bench, scripts
 from .layers import MixingWeights
 
 __all__ = ['main']
@@ -34,6 +34,7 @@ def main(args: Optional[List[str]] = None) -> int:
         commands, 'validate', 'evaluates',
         'timm-awm validate --model awm_resnet20_cifar --checkpoint output/train/RUN/last.pth.tar --num-classes 10 '
         '--dataset hfds/uoft-cs/cifar10 --input-key img --target-key label --split test')
+    _add_bench(commands)
     _add_script(commands, 'benchmark', 'times', 'timm-awm benchmark --model awm_resnet50 --bench train -b 64 --amp')
     parsed, parsed_by_script = parser.parse_known_args(args)
     if 'script' in parsed:
@@ -167,6 +168,51 @@ def _train(args: argparse.Namespace) -> None:
         resume=args.resume,
         device_modules=args.device_modules,
     )
+
+
+def _add_bench(commands) -> None:
+    parser = commands.add_parser(
+        'bench',
+        help='compare models with their plain and SE controls, side by side (benchmark: one model, alone)',
+        description="Times training steps (of an AWM model: each phase by itself) and inference of a model against "
+                    "timm's own plain and SE models, in turns in one process, and measures peak memory: ratios that "
+                    "noise hits alike. `timm-awm benchmark` runs timm's benchmark.py on one model.",
+        epilog='Examples: timm-awm bench awm_resnet50 --amp-dtype bfloat16 --csv results.csv; '
+               'timm-awm bench resnet50 ecaresnet50d convnext_tiny --mode infer',
+    )
+    parser.add_argument(
+        'models', nargs='*', default=['awm_resnet20_cifar'], metavar='MODEL',
+        help='any models of timm: an awm_* model brings its controls along, those named after it are compared with '
+             'the same base, which is its plain control, or else the first one named (awm_resnet20_cifar)')
+    parser.add_argument('--mode', choices=('train', 'infer', 'both'), default='both', help='(%(default)s)')
+    parser.add_argument(
+        '-b', '--batch-size', type=_positive_int, metavar='N',
+        help='images in a step (128 up to 64 px, else 16 in training and 8 in inference)')
+    parser.add_argument('--img-size', type=_positive_int, metavar='PX', help="the base model's own size if not given")
+    parser.add_argument('--amp-dtype', choices=('bfloat16', 'float16'), help='autocast (float32 if not given)')
+    parser.add_argument('--compile', action='store_true', help='torch.compile all of them')
+    parser.add_argument(
+        '--channels-last', action=argparse.BooleanOptionalAction, default=True, help='memory format (channels last)')
+    parser.add_argument('--device', help='(an accelerator if there is one, else cpu)')
+    parser.add_argument('--warmup', type=_positive_int, default=3, metavar='N', help='steps before (%(default)s)')
+    parser.add_argument('--repeats', type=_positive_int, default=20, metavar='N', help='rounds timed (%(default)s)')
+    parser.add_argument('--csv', type=Path, metavar='FILE', help="new file for the results in timm's columns, and ours")
+    parser.set_defaults(run=_bench)
+
+
+def _bench(args: argparse.Namespace) -> None:
+    bench.run(args.models, bench.Settings(
+        modes=('train', 'infer') if args.mode == 'both' else (args.mode,),
+        batch_size=args.batch_size,
+        img_size=args.img_size,
+        amp_dtype=args.amp_dtype,
+        compile=args.compile,
+        channels_last=args.channels_last,
+        device=args.device,
+        warmup=args.warmup,
+        repeats=args.repeats,
+        csv=args.csv,
+    ))
 
 
 def _add_script(commands, name: str, does: str, example: str) -> None:

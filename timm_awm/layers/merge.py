@@ -12,6 +12,7 @@ import torch.fx
 from torch import Tensor, nn
 
 from .functional import descriptor, mixing_logits, scaled_mixing_weights, weighted_concat, weighted_sum
+from .fused import fused_merge
 
 __all__ = ['MixingWeights', 'SumMerge', 'ConcatMerge', 'merge_parameters']
 
@@ -90,6 +91,10 @@ class SumMerge(nn.Module):
         Returns:
             The merged map, of the same shape, in the dtype of branch.
         """
+        if not torch.jit.is_scripting():
+            fused = fused_merge(self.mix, branch, shortcut)
+            if fused is not None:
+                return fused[0]
         z = torch.cat([descriptor(branch), descriptor(shortcut)], dim=1)
         return weighted_sum(branch, shortcut, self.mix(z))
 

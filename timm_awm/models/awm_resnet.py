@@ -10,45 +10,139 @@ Papers:
 * `Aggregated Residual Transformations for Deep Neural Networks` - https://arxiv.org/abs/1611.05431
 * `Wide Residual Networks` - https://arxiv.org/abs/1605.07146
 """
+from functools import partial
 from typing import Any, Dict, List, Optional, Tuple, Union
 
+import torch
+import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import BasicBlock, Bottleneck, ResNet, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from ..layers import SumMerge
+from ..layers import SumMerge, descriptor, fused_merge, has_hooks
 from ._awm import CIFAR10_CFG, AwmModel, create_awm_model, refuse_stem_arguments
 
 __all__ = ['AwmResNet', 'CifarResNet', 'AwmCifarResNet', 'insert_sum_merges']
 
 
-class AwmBasicBlock(BasicBlock):
-    """timm's BasicBlock with a merge; made from one by `insert_sum_merges`."""
+class AwmBlock(nn.Module):
+    """A residual block of timm's with a merge: what AwmBasicBlock and AwmBottleneck share."""
 
     def forward(self, x: Tensor) -> Tensor:
-        shortcut = x if self.downsample is None else self.downsample(x)
-        x = self.aa(self.act1(self.drop_block(self.bn1(self.conv1(x)))))
-        x = self.bn2(self.conv2(x))
+        if torch.jit.is_scripting():
+            shortcut = x if self.downsample is None else self.downsample(x)
+            y = self.tail(self.last_conv(self.inner(x)), shortcut)
+        else:
+            y = self.forward_pooled(x)[0]
+        return y
+
+    @torch.jit.unused
+    def forward_pooled(self, x: Tensor, pooled: Optional[Tensor] = None) -> Tuple[Tensor, Optional[Tensor]]:
+        """The block, fused where it can be.
+
+        Args:
+            x: (batch, in_channels, height, width).
+            pooled: The mean of x over its pixels, (batch, in_channels), if the block before has left it.
+
+        Returns:
+            The block's output, and the mean of that where it has come by the way.
+        """
+        conv, norm, act = self.last_modules()
+        inner = self.inner(x)
+        u = conv(inner)
+        v, shortcut_norm = x, None
+        if self.downsample is not None:
+            v, shortcut_norm = _downsample(self.downsample, x)
+            pooled = None
+        if self.se is None and (self.drop_path is None or not self.training):
+            # no gradients, no batch statistics: λ is known from what the convolution takes, which is narrower
+            fused = fused_merge(
+                self.merge.mix, u, v, norm, shortcut_norm, act, pooled, mean=partial(_pooled_conv, conv, inner),
+                inplace=not conv._forward_hooks)
+            if fused is not None:
+                return fused
+        return self.tail(u, v if shortcut_norm is None else shortcut_norm(v)), None
+
+
+class AwmBasicBlock(AwmBlock, BasicBlock):
+    """timm's BasicBlock with a merge; made from one by `insert_sum_merges`."""
+
+    def inner(self, x: Tensor) -> Tensor:
+        return self.aa(self.act1(self.drop_block(self.bn1(self.conv1(x)))))
+
+    def last_conv(self, x: Tensor) -> Tensor:
+        return self.conv2(x)
+
+    def tail(self, x: Tensor, shortcut: Tensor) -> Tensor:
+        x = self.bn2(x)
         if self.se is not None:
             x = self.se(x)
         if self.drop_path is not None:
             x = self.drop_path(x)
         return self.act2(self.merge(x, shortcut))
 
+    @torch.jit.unused
+    def last_modules(self) -> Tuple[nn.Module, nn.Module, nn.Module]:
+        return self.conv2, self.bn2, self.act2
 
-class AwmBottleneck(Bottleneck):
+
+class AwmBottleneck(AwmBlock, Bottleneck):
     """timm's Bottleneck with a merge; made from one by `insert_sum_merges`."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        shortcut = x if self.downsample is None else self.downsample(x)
+    def inner(self, x: Tensor) -> Tensor:
         x = self.act1(self.bn1(self.conv1(x)))
-        x = self.aa(self.act2(self.drop_block(self.bn2(self.conv2(x)))))
-        x = self.bn3(self.conv3(x))
+        return self.aa(self.act2(self.drop_block(self.bn2(self.conv2(x)))))
+
+    def last_conv(self, x: Tensor) -> Tensor:
+        return self.conv3(x)
+
+    def tail(self, x: Tensor, shortcut: Tensor) -> Tensor:
+        x = self.bn3(x)
         if self.se is not None:
             x = self.se(x)
         if self.drop_path is not None:
             x = self.drop_path(x)
         return self.act3(self.merge(x, shortcut))
+
+    @torch.jit.unused
+    def last_modules(self) -> Tuple[nn.Module, nn.Module, nn.Module]:
+        return self.conv3, self.bn3, self.act3
+
+
+class AwmStage(nn.Sequential):
+    """A stage of blocks, which hand the means of their outputs on; made by `insert_sum_merges` of an nn.Sequential."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.jit.is_scripting():
+            for block in self:
+                x = block(x)
+        else:
+            pooled = None
+            for block in self:
+                if isinstance(block, AwmBlock) and type(x) is Tensor and not has_hooks(block):
+                    x, pooled = block.forward_pooled(x, pooled)
+                else:
+                    x, pooled = block(x), None
+        return x
+
+
+def _downsample(downsample: nn.Module, x: Tensor) -> Tuple[Tensor, Optional[nn.Module]]:
+    """The shortcut's map before its BatchNorm, and that, if there is one at its end."""
+    if type(downsample) is nn.Sequential and isinstance(downsample[-1], nn.BatchNorm2d) and not has_hooks(downsample):
+        *layers, norm = downsample
+        for layer in layers:
+            x = layer(x)
+        return x, norm
+    return downsample(x), None
+
+
+def _pooled_conv(conv: nn.Module, x: Tensor) -> Optional[Tensor]:
+    """The mean of conv(x) over pixels, (batch, out_channels), where it follows from that of x: of a 1x1 convolution."""
+    if not isinstance(conv, nn.Conv2d) or conv.kernel_size != (1, 1) or conv.stride != (1, 1) or any(conv.padding):
+        return None
+    with torch.autocast(x.device.type, enabled=False):
+        z = descriptor(x)[:, :, None, None]
+        return F.conv2d(z, conv.weight.to(z.dtype), conv.bias, groups=conv.groups).flatten(1)
 
 
 def insert_sum_merges(model: nn.Module, hidden_features: int = 16) -> None:
@@ -73,6 +167,9 @@ def insert_sum_merges(model: nn.Module, hidden_features: int = 16) -> None:
         weight = last_conv.weight
         block.merge = SumMerge(last_conv.out_channels, hidden_features, device=weight.device, dtype=weight.dtype)
         block.merge.train(block.training)
+    for stage in model.modules():
+        if type(stage) is nn.Sequential and any(isinstance(block, AwmBlock) for block in stage):
+            stage.__class__ = AwmStage
 
 
 class AwmResNet(AwmModel, ResNet):

@@ -1,0 +1,502 @@
+"""`timm-awm bench`: time and memory of models against their plain and SE controls, interleaved in one process.
+
+Every round runs every contender once, in shuffled order, so that drifts of the machine hit all alike; a ratio is the
+median over the rounds of base time / own time: above 1 is faster than the base.
+
+Peak memory: the contender's own parameters, buffers, optimizer state and batch, and the most that one step allocates
+beyond what is there when it starts.
+
+The floor compares, with the base, what a step must compute and move at the least: floating point operations of
+convolutions and matrix products, and bytes, where each of these reads its operands and writes its result once (forward
+and again for each gradient that is asked for), a BatchNorm that trains reads its map twice, for its statistics come
+first, and writes it once (backward reads map and gradient twice, and writes once), SGD reads three and writes two
+numbers for each parameter that it trains, and all else (activations, sums, merges, SE, pooling) is fused into these. A
+step that does both at the base's own rates has a ratio between 1 / FLOPs and 1 / bytes.
+"""
+import contextlib
+import copy
+import csv
+import difflib
+import gc
+import os
+import platform
+import random
+import shlex
+import statistics
+import sys
+import time
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.data import resolve_model_data_config
+from timm.models import ResNet
+from timm.optim import create_optimizer_v2
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
+
+from . import __version__
+from .layers import MixingWeights
+from .optim.schedule import BACKBONE, MERGE
+
+__all__ = ['Settings', 'run']
+
+SEED = 0
+
+COLUMNS = (
+    'model', 'phase',
+    # timm's own
+    'infer_samples_per_sec', 'infer_step_time', 'infer_batch_size', 'infer_img_size', 'infer_gmacs', 'infer_macts',
+    'train_samples_per_sec', 'train_step_time', 'train_batch_size', 'train_img_size', 'param_count',
+    # ours: IQR of the step time in ms; ratios to the base
+    'step_time_iqr', 'base', 'ratio', 'ratio_iqr', 'peak_mib', 'peak_ratio', 'flops_ratio', 'bytes_ratio', 'rounds',
+    'amp', 'compile', 'channels_last', 'device', 'torch', 'timm',
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is measured and how."""
+    modes: Sequence[str] = ('train', 'infer')
+    batch_size: Optional[int] = None  # by image size and mode
+    img_size: Optional[int] = None  # px; the base's own
+    amp_dtype: Optional[str] = None  # 'bfloat16' or 'float16'; float32 without autocast
+    compile: bool = False  # torch.compile every contender
+    channels_last: bool = True  # weights and images
+    device: Optional[str] = None  # an accelerator if there is one
+    warmup: int = 3  # steps of each contender
+    repeats: int = 20  # rounds
+    csv: Optional[Path] = None  # new file
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A model by its name in timm's registry and its arguments."""
+    name: str
+    kwargs: Dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        kwargs = {**self.kwargs, **self.kwargs.get('block_args', {})}
+        kwargs.pop('block_args', None)
+        return ' '.join([self.name, *(f'{k}={v}' for k, v in kwargs.items())])
+
+    def create(self, **kwargs: Any) -> nn.Module:
+        return timm.create_model(self.name, **self.kwargs, **kwargs)
+
+
+class Counts(NamedTuple):
+    """What a step must compute and move at the least, see above; activations as timm's benchmarks count them."""
+    flops: int
+    bytes: int
+    activations: int
+
+
+@dataclass
+class Contender:
+    """A model's inference, or its training step in one phase, ready to be timed."""
+    label: str
+    phase: str
+    model: nn.Module
+    prepare: Callable[[], Any]  # what a step needs before the clock starts
+    step: Callable[[], None]
+    kept_bytes: Callable[[], int]  # between steps
+    counts: Counts = field(init=False)
+    peak: Optional[int] = field(init=False)  # bytes; None: not measured on this device
+    seconds: List[float] = field(default_factory=list)
+
+
+def run(models: Sequence[str], settings: Settings) -> None:
+    """Measures and prints. An `awm_*` model brings its controls along; models named after it run with it.
+
+    What has been measured is printed and written whatever ends the run.
+
+    Raises:
+        ValueError: A model is unknown, takes no images of this size, or the device cannot be used.
+        OSError: The CSV file exists or cannot be written.
+        RuntimeError: A model does not fit into memory, among others of torch's own.
+    """
+    groups = group_contenders(models)
+    device = _device(settings.device)
+    torch.backends.cudnn.benchmark = True  # as timm's scripts have it
+    os.environ.setdefault('KINETO_LOG_LEVEL', '6')  # the profiler's own messages
+    with _csv_file(settings.csv) as write:
+        print(_header(settings, device), flush=True)
+        for group in groups:
+            for mode in settings.modes:
+                _bench(group, mode, settings, device, write)
+
+
+def group_contenders(models: Sequence[str]) -> List[List[Spec]]:
+    """The runs to make: contenders by group, the base first.
+
+    Raises:
+        ValueError: A model is unknown.
+    """
+    groups: List[List[Spec]] = []
+    for name in models:
+        if not timm.is_model(name):
+            near = difflib.get_close_matches(name, timm.list_models(), n=1, cutoff=0)[0]
+            raise ValueError(f'Unknown model {name!r}, the nearest is {near!r}; timm.list_models() lists them all.')
+        if name.startswith('awm_'):
+            groups.append(with_controls(name))
+        elif not groups:
+            groups.append([Spec(name)])
+        elif Spec(name) not in groups[-1]:
+            groups[-1].append(Spec(name))
+    return groups
+
+
+def with_controls(name: str) -> List[Spec]:
+    """An AWM model, after timm's own plain model, the plain control where that is another one, and before an SE model,
+    as far as there are such."""
+    awm, control = Spec(name), Spec(name, dict(awm=False))
+    own = name.partition('.')[0].removeprefix('awm_')
+    with torch.device('meta'):
+        control_model = control.create()
+        plain = [control]
+        if timm.is_model(own):
+            same = repr(Spec(own).create()) == repr(control_model)  # the same modules: the same network
+            plain = [Spec(own)] if same else [Spec(own), control]
+    se = []
+    if timm.is_model(f'se{own}'):
+        se = [Spec(f'se{own}')]
+    elif isinstance(control_model, ResNet):
+        se = [Spec(name, dict(awm=False, block_args=dict(attn_layer='se')))]
+    return [*plain, awm, *se]
+
+
+def _bench(specs: List[Spec], mode: str, settings: Settings, device: torch.device, write: Callable) -> None:
+    gc.collect()  # what an earlier call has left
+    torch.compiler.reset()
+    torch.manual_seed(SEED)
+    with torch.device('meta'):
+        base = specs[0].create()
+    channels, _, size = resolve_model_data_config(base)['input_size']
+    size = settings.img_size or size
+    batch = settings.batch_size or (128 if size <= 64 else 16 if mode == 'train' else 8)
+    with _clear_errors(f'a batch of {batch}', device):
+        x = torch.randn(batch, channels, size, size, device=device)
+        y = torch.randint(base.num_classes, (batch,), device=device)
+    if settings.channels_last:
+        x = x.contiguous(memory_format=torch.channels_last)
+
+    contenders: List[Contender] = []
+    for spec in specs:
+        with _clear_errors(f'{spec} with a batch of {batch} images of {size} px', device):
+            for contender in make_contenders(spec, mode, settings, x, y, base.num_classes):
+                _progress(f'{mode}: warming up {contender.label} {contender.phase}')
+                contender.prepare()
+                contender.counts = count(contender.model, x, y)
+                for _ in range(settings.warmup):
+                    contender.step()
+                contender.peak = peak_memory(contender.step, device)
+                if contender.peak is not None:
+                    contender.peak += contender.kept_bytes()
+                contenders.append(contender)
+
+    order = list(contenders)
+    shuffle = random.Random(SEED).shuffle
+    try:
+        with _clear_errors('all of them side by side', device):
+            for i in range(settings.repeats):
+                _progress(f'{mode}: round {i + 1} of {settings.repeats}')
+                shuffle(order)
+                for contender in order:
+                    contender.seconds.append(_seconds(contender, device))
+    finally:
+        _progress('')
+        rounds = min(len(contender.seconds) for contender in contenders)
+        if rounds:
+            for contender in contenders:
+                del contender.seconds[rounds:]  # of a round that was interrupted
+            rows = [_row(contender, contenders[0], mode, x, settings) for contender in contenders]
+            print(f'\n{_table(rows, mode)}', flush=True)
+            write(rows)
+
+
+def make_contenders(
+        spec: Spec, mode: str, settings: Settings, x: Tensor, y: Tensor, num_classes: int) -> List[Contender]:
+    """One contender, or the two phases of the training of a model with merges, which share the model."""
+    model = spec.create(num_classes=num_classes).to(
+        device=x.device,
+        memory_format=torch.channels_last if settings.channels_last else torch.preserve_format,
+    ).train(mode == 'train')
+    # a graph break or a fall-back to eager is an error here, not a slow number
+    forward = torch.compile(model, fullgraph=True, dynamic=False) if settings.compile else model
+    amp_dtype = getattr(torch, settings.amp_dtype) if settings.amp_dtype else None
+
+    def logits() -> Tensor:
+        with torch.autocast(x.device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
+            return forward(x)
+
+    def infer() -> None:
+        with torch.inference_mode():
+            logits()
+
+    def train() -> None:
+        F.cross_entropy(logits().float(), y).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    def kept_bytes() -> int:
+        state = list(optimizer.state.values()) if mode == 'train' else []
+        return _nbytes(x, y, list(model.parameters()), list(model.buffers()), state)
+
+    label = str(spec)
+    if mode == 'infer':
+        return [Contender(label, '', model, lambda: None, infer, kept_bytes)]
+    has_merges = any(isinstance(m, MixingWeights) for m in model.modules())
+    kwargs = dict(opt='alternating', base='sgd', period=1) if has_merges else dict(opt='sgd')
+    optimizer = create_optimizer_v2(model, **kwargs, lr=.01, momentum=.9, weight_decay=1e-4)
+    if not has_merges:
+        return [Contender(label, '', model, lambda: None, train, kept_bytes)]
+    return [
+        Contender(label, phase, model, partial(optimizer.set_epoch, epoch), train, kept_bytes)
+        for epoch, phase in enumerate((BACKBONE, MERGE))]
+
+
+class _Traffic(TorchDispatchMode):
+    """Counts bytes as the docstring of this file says, and the elements that convolutions and matrix products make."""
+    bytes = 0
+    activations = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        op = func._overloadpacket
+        if op is torch.ops.aten.convolution_backward:
+            grad, x, weight = args[:3]
+            grad_x, grad_weight, _ = result
+            if grad_x is not None:
+                self.bytes += _nbytes(grad, weight, grad_x)
+            if grad_weight is not None:
+                self.bytes += _nbytes(grad, x, grad_weight)
+        elif op in flop_registry:
+            self.bytes += _nbytes(*args, result)
+            self.activations += tree_leaves(result)[0].numel()
+        elif op is torch.ops.aten.native_batch_norm and args[5]:  # training
+            self.bytes += 3 * args[0].nbytes
+        elif op is torch.ops.aten.native_batch_norm_backward:
+            self.bytes += 5 * args[0].nbytes
+        return result
+
+
+def _nbytes(*values: Any) -> int:
+    return sum(t.nbytes for t in tree_leaves(values) if isinstance(t, Tensor))
+
+
+def count(model: nn.Module, x: Tensor, y: Tensor) -> Counts:
+    """Counts a step of the model as it is, training or not, with its frozen parameters; in float32, without data."""
+    model = copy.deepcopy(model).to('meta')
+    x, y = x.to('meta'), y.to('meta')
+    with torch.set_grad_enabled(model.training), FlopCounterMode(display=False) as flops, _Traffic() as traffic:
+        logits = model(x)
+        activations = traffic.activations
+        if model.training:
+            F.cross_entropy(logits, y).backward()
+    trained = [p for p in model.parameters() if p.grad is not None]
+    return Counts(flops.get_total_flops(), traffic.bytes + 5 * _nbytes(trained), activations)
+
+
+def peak_memory(step: Callable[[], Any], device: torch.device) -> Optional[int]:
+    """Bytes: the most that a call allocates for tensors, at once, beyond what is there when it starts.
+
+    On a CPU from the profiler's events of torch's allocator, which sees no buffers inside oneDNN; elsewhere from the
+    device's allocator, None if that keeps no peak.
+    """
+    if device.type == 'cpu':
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            step()
+        assert profile.profiler is not None and profile.profiler.kineto_results is not None
+        events = [e for e in profile.profiler.kineto_results.events() if e.name() == '[memory]']
+        return max(accumulate((e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())), initial=0))
+    memory = torch.get_device_module(device)
+    if not hasattr(memory, 'reset_peak_memory_stats'):
+        return None
+    memory.reset_peak_memory_stats(device)
+    before = memory.memory_allocated(device)
+    step()
+    return memory.max_memory_allocated(device) - before
+
+
+def _seconds(contender: Contender, device: torch.device) -> float:
+    contender.prepare()
+    _synchronize(device)
+    start = time.perf_counter()
+    contender.step()
+    _synchronize(device)
+    return time.perf_counter() - start
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type != 'cpu':
+        torch.accelerator.synchronize(device)
+
+
+def _quartiles(values: Sequence[float]) -> Tuple[float, float, float]:
+    if len(values) == 1:  # interrupted
+        return values[0], values[0], values[0]
+    low, median, high = statistics.quantiles(values, n=4, method='inclusive')
+    return low, median, high
+
+
+def _row(contender: Contender, base: Contender, mode: str, x: Tensor, settings: Settings) -> Dict[str, Any]:
+    """A contender's results, by `COLUMNS`."""
+    batch, size = x.shape[0], x.shape[-1]
+    low, median, high = _quartiles([1e3 * seconds for seconds in contender.seconds])
+    ratio_low, ratio, ratio_high = _quartiles([b / own for b, own in zip(base.seconds, contender.seconds)])
+    counts, peak = contender.counts, contender.peak
+    row = {
+        'model': contender.label,
+        'phase': contender.phase,
+        f'{mode}_samples_per_sec': round(1e3 * batch / median, 2),
+        f'{mode}_step_time': round(median, 3),
+        f'{mode}_batch_size': batch,
+        f'{mode}_img_size': size,
+        'param_count': round(sum(p.numel() for p in contender.model.parameters()) / 1e6, 2),
+        'step_time_iqr': round(high - low, 3),
+        'base': base.label,
+        'ratio': round(ratio, 4),
+        'ratio_iqr': round(ratio_high - ratio_low, 4),
+        'peak_mib': peak and round(peak / 2 ** 20, 1),
+        'peak_ratio': peak and base.peak and round(peak / base.peak, 4),
+        'flops_ratio': round(counts.flops / base.counts.flops, 4),
+        'bytes_ratio': round(counts.bytes / base.counts.bytes, 4),
+        'rounds': len(contender.seconds),
+        'amp': settings.amp_dtype,
+        'compile': settings.compile,
+        'channels_last': settings.channels_last,
+        'device': _device_name(x.device),
+        'torch': torch.__version__,
+        'timm': timm.__version__,
+    }
+    if mode == 'infer':
+        row['infer_gmacs'] = round(counts.flops / 2e9 / batch, 2)
+        row['infer_macts'] = round(counts.activations / 1e6 / batch, 2)
+    return row
+
+
+def _table(rows: List[Dict[str, Any]], mode: str) -> str:
+    first = rows[0]
+    lines = [
+        f"{'Training step' if mode == 'train' else 'Inference'}, batch {first[f'{mode}_batch_size']}, "
+        f"{first[f'{mode}_img_size']} px, {first['rounds']} rounds, ratios to {first['base']}:",
+        '',
+        '| model | phase | ms | IQR | images/s | ratio | IQR | floor: FLOPs, bytes | ratio at the floor | peak MiB '
+        '| peak ratio |',
+        '| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |',
+    ]
+    for row in rows:
+        floors = sorted(1 / row[name] for name in ('flops_ratio', 'bytes_ratio'))
+        peak = ['-', '-'] if row['peak_mib'] is None else [f"{row['peak_mib']:.1f}", f"{row['peak_ratio']:.2f}"]
+        cells = [
+            row['model'], row['phase'], f"{row[f'{mode}_step_time']:.1f}", f"{row['step_time_iqr']:.1f}",
+            f"{row[f'{mode}_samples_per_sec']:.1f}", f"{row['ratio']:.3f}", f"{row['ratio_iqr']:.3f}",
+            f"x{row['flops_ratio']:.3f}, x{row['bytes_ratio']:.3f}", f'{floors[0]:.2f}..{floors[1]:.2f}', *peak,
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return '\n'.join(lines)
+
+
+def _header(settings: Settings, device: torch.device) -> str:
+    kept = 'LD_PRELOAD', 'THP_MEM_ALLOC_ENABLE', 'PYTORCH_ALLOC_CONF', 'PYTORCH_CUDA_ALLOC_CONF', 'OMP_NUM_THREADS'
+    environment = [f'{k}={v}' for k, v in sorted(os.environ.items()) if k in kept or k.startswith('TIMM_AWM_')]
+    lines = [
+        f'command: {shlex.join(sys.argv)}',
+        f'versions: timm_awm {__version__}, timm {timm.__version__}, torch {torch.__version__}, '
+        f'Python {platform.python_version()}',
+        f'device: {_device_name(device)}; {os.cpu_count()} CPU cores, {torch.get_num_threads()} threads, '
+        f'{torch.backends.cpu.get_cpu_capability()}',
+        f'allocator: {_allocator()}; environment: {" ".join(environment) or "nothing that matters is set"}',
+        f"settings: {f'{settings.amp_dtype} autocast' if settings.amp_dtype else 'float32'}, "
+        f"{'channels-last' if settings.channels_last else 'contiguous'}, "
+        f"{'compiled' if settings.compile else 'eager'}, BatchNorm not folded, SGD with momentum and weight decay "
+        f'(alternating in AWM models, whose phases share one model), {settings.warmup} steps to warm up, seed {SEED}',
+        'ms, ratio: medians, and their IQR, the interquartile range; ratio: base / own time of the same round, above 1 '
+        'is faster',
+        'floor: what a step must compute and move, relative to the base, if all else is fused into convolutions, '
+        "matrix products and trained BatchNorms; at the base's own rates the ratio is between the two given",
+        'peak: own parameters, buffers, optimizer state and batch, and the most that a step allocates for tensors',
+    ]
+    return '\n'.join(lines)
+
+
+def _device(name: Optional[str]) -> torch.device:
+    if name is None:
+        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        name = 'cpu' if accelerator is None else accelerator.type
+    try:
+        return torch.empty(0, device=name).device
+    except (AssertionError, RuntimeError) as error:
+        raise ValueError(f'Device {name!r} cannot be used here: {str(error).splitlines()[0]}') from error
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type != 'cpu':
+        get_name = getattr(torch.get_device_module(device), 'get_device_name', lambda device: device.type)
+        return get_name(device)
+    with contextlib.suppress(OSError), open('/proc/cpuinfo') as file:
+        for line in file:
+            if line.startswith('model name'):
+                return line.partition(':')[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _allocator() -> str:
+    """The library that malloc comes from, as far as the system says what is loaded."""
+    with contextlib.suppress(OSError):
+        loaded = Path('/proc/self/maps').read_text()
+        for name in ('tcmalloc', 'jemalloc', 'mimalloc'):
+            if name in loaded:
+                return name
+    return ' '.join(platform.libc_ver()).strip() or "the system's"
+
+
+@contextlib.contextmanager
+def _clear_errors(what: str, device: torch.device) -> Iterator[None]:
+    try:
+        yield
+    except AssertionError as error:
+        raise ValueError(f'{what}: {error}') from error
+    except RuntimeError as error:
+        # the CPU's allocator has no exception class of its own
+        if isinstance(error, torch.OutOfMemoryError) or 'DefaultCPUAllocator' in str(error):
+            raise RuntimeError(
+                f'No memory on {_device_name(device)} for {what}: give a smaller --batch-size.') from error
+        raise
+
+
+@contextlib.contextmanager
+def _csv_file(path: Optional[Path]) -> Iterator[Callable[[List[Dict[str, Any]]], None]]:
+    """A function that writes rows into the new file; if it was never called the file goes again."""
+    if path is None:
+        yield lambda rows: None
+        return
+    with path.open('x', newline='') as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        start = file.tell()
+
+        def write(rows: List[Dict[str, Any]]) -> None:
+            writer.writerows(rows)
+            file.flush()
+
+        try:
+            yield write
+        finally:
+            if file.tell() == start:
+                path.unlink()
+
+
+def _progress(text: str) -> None:
+    """On stderr: one line that changes in a terminal, lines elsewhere; an empty text ends it."""
+    if sys.stderr.isatty():
+        print(f'\r\033[K{text}', end='', file=sys.stderr, flush=True)
+    elif text:
+        print(text, file=sys.stderr)

@@ -1,0 +1,275 @@
+"""The fused merge: normalise, weigh, merge and activate in the passes over maps that the plain network makes too.
+
+Of a block's tail
+
+    y = relu(n λ1 · BatchNorm(u) + n λ2 · x)
+
+everything but the maps u, x and y is (batch, channels) or smaller: BatchNorm's statistics follow from the means and
+variances of each image's channels, so do the descriptors of eq. 3, and the whole tail is y = relu(a · u + b · x + c) with
+coefficients for each image and channel. So four passes do: `moments`, `affine_act` and the gradients of both, in
+`cpu_kernels` and in `triton_kernels`; the rest, here, is arithmetic on small tensors.
+"""
+import os
+from types import ModuleType
+from typing import Callable, List, NamedTuple, Optional, Tuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from .functional import descriptor, scaled_mixing_weights
+
+__all__ = ['set_fused_merge', 'fused_merge', 'has_hooks']
+
+_enabled = os.environ.get('TIMM_AWM_FUSED', '1') != '0'
+_experimental = os.environ.get('TIMM_AWM_FUSED', '1') == '2'
+
+
+def set_fused_merge(enable: bool = True, experimental: bool = False) -> None:
+    """Switch the fused merges on or off, for the whole process; the environment variable TIMM_AWM_FUSED (0: off, 1: on,
+    2: experimental too) says how it starts.
+
+    Off, a merge is computed by the plain formula, and an AWM network at the identity start gives bit for bit the output of
+    the plain network; on, it differs by the rounding of floating point. Where a fused merge cannot be used, the plain
+    formula is.
+
+    Args:
+        enable: Fuse on CPUs, where a C++ compiler is found.
+        experimental: Fuse on NVIDIA GPUs too, by Triton kernels that nobody has timed yet.
+    """
+    global _enabled, _experimental
+    _enabled, _experimental = enable, enable and experimental
+
+
+class _Affine(NamedTuple):
+    """A path k · x + s of a raw map x; k and s, (channels,), are those of a BatchNorm, None if there is none."""
+    mean: Tensor  # of x over pixels, (batch, channels)
+    k: Optional[Tensor] = None
+    s: Optional[Tensor] = None
+
+    def descriptor(self) -> Tensor:
+        return self.mean if self.k is None else torch.addcmul(self.s, self.mean, self.k)
+
+
+def _coefficients(scales: Tensor, paths: List[_Affine]) -> Tuple[Tensor, Tensor, Tensor]:
+    """a, b, c of a · x1 + b · x2 + c = Σ scale · path, each (batch, channels)."""
+    ab, c = [], None
+    for i, path in enumerate(paths):
+        scale = scales[:, i:i + 1]
+        ab.append(scale.expand_as(path.mean).contiguous() if path.k is None else scale * path.k)
+        if path.s is not None:
+            c = scale * path.s if c is None else torch.addcmul(c, scale, path.s)
+    return ab[0], ab[1], torch.zeros_like(ab[0]) if c is None else c
+
+
+class _FusedMerge(Function):
+    """Forward and hand-derived backward of a merge of two paths, each with a BatchNorm in train mode or none."""
+
+    @staticmethod
+    def forward(ctx, kernels, relu, eps, u, v, pooled, w1, w2, *norm_params):
+        """
+        Args:
+            kernels: Module of the four passes.
+            relu: Whether a ReLU follows.
+            eps: Those of the BatchNorms of the two paths, None where there is none.
+            u, v: Raw maps of the paths, (batch, channels, height, width).
+            pooled: The mean of v over pixels where it is known, (batch, channels).
+            w1, w2: The merge's weights.
+            norm_params: Weight and bias of the BatchNorm of u, of v; None where there is none.
+
+        Returns:
+            The merged map, its mean over pixels, and mean and biased variance over the batch, of u and v.
+        """
+        paths, saved, batch_statistics = [], [], []
+        for x, e, weight, bias, mean in zip((u, v), eps, norm_params[::2], norm_params[1::2], (None, pooled)):
+            if e is None:
+                paths.append(_Affine(descriptor(x) if mean is None else mean))
+                saved += [None, None]
+                batch_statistics += [None, None]
+            else:
+                mean, var = kernels.moments(x)
+                mu = mean.mean(0)
+                deviation = mean - mu
+                var = var.addcmul_(deviation, deviation).mean(0)
+                invstd = (var + e).rsqrt_()
+                k = weight * invstd
+                paths.append(_Affine(mean, k, torch.addcmul(bias, mu, k, value=-1)))
+                saved += [mu, invstd]
+                batch_statistics += [mu, var]
+        z = torch.cat([path.descriptor() for path in paths], dim=1)
+        with torch.autocast(z.device.type, enabled=False):
+            hidden = (z @ w1.t()).relu_()
+            logits = hidden @ w2.t()
+        scales = scaled_mixing_weights(logits)
+        a, b, c = _coefficients(scales, paths)
+        y, y_pooled = kernels.affine_act(u, v, a, b, c, relu)
+        ctx.kernels, ctx.relu, ctx.has_pooled = kernels, relu, pooled is not None
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*(t for t in batch_statistics if t is not None))
+        ctx.save_for_backward(
+            u, v, a, b, c, w1, w2, z, hidden, logits, scales, *norm_params[::2], *saved,
+            *(t for path in paths for t in path))
+        return y, y_pooled, *batch_statistics
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad, grad_pooled, *_):
+        u, v, a, b, c, w1, w2, z, hidden, logits, scales, weight_u, weight_v, *rest = ctx.saved_tensors
+        norms = (rest[0:2], rest[2:4])
+        paths = (_Affine(*rest[4:7]), _Affine(*rest[7:10]))
+        need = dict(zip(('u', 'v', 'pooled', 'w1', 'w2', 'weight_u', 'bias_u', 'weight_v', 'bias_v'),
+                        ctx.needs_input_grad[3:]))
+        pixels = u.shape[2] * u.shape[3]
+        if grad is None:
+            grad = torch.zeros_like(u)
+        grad_pooled = torch.zeros_like(a) if grad_pooled is None else grad_pooled.contiguous()
+        grad_u, grad_v, grad_a, grad_b, grad_c = ctx.kernels.affine_act_backward(
+            grad, grad_pooled, u, v, a, b, c, ctx.relu, need['u'], need['v'])
+
+        # through the coefficients to n λ, times n λ: all that the logits need, and no small λ is divided by
+        weighted = torch.stack([
+            (grad_x * coefficient if path.s is None else torch.addcmul(
+                grad_x * coefficient, grad_c * path.s, scales[:, i:i + 1])).sum(1)
+            for i, (path, grad_x, coefficient) in enumerate(zip(paths, (grad_a, grad_b), (a, b)))
+        ], dim=1)
+        lambdas = scales / 2
+        grad_logits = torch.sigmoid(-logits) * (weighted - lambdas * weighted.sum(1, keepdim=True))
+        with torch.autocast(z.device.type, enabled=False):
+            grad_hidden = (grad_logits @ w2) * (hidden > 0)
+            grad_w2 = grad_logits.t() @ hidden if need['w2'] else None
+            grad_w1 = grad_hidden.t() @ z if need['w1'] else None
+            grad_z = grad_hidden @ w1
+
+        channels = u.shape[1]
+        grads = []
+        for i, (x, path, grad_x, grad_k, weight, (mu, invstd), descriptor_known) in enumerate(zip(
+                (u, v), paths, (grad_u, grad_v), (grad_a, grad_b), (weight_u, weight_v), norms,
+                (False, ctx.has_pooled))):
+            scale, grad_mean = scales[:, i:i + 1], grad_z[:, i * channels:(i + 1) * channels]
+            if path.k is None:
+                grad_weight = grad_bias = None
+                if grad_x is not None and not descriptor_known:
+                    grad_x = ctx.kernels.moments_backward_(grad_x, x, torch.zeros_like(a), grad_mean / pixels)
+            else:
+                # s = bias - mu k, k = weight invstd; z = mean k + s
+                grad_bias = torch.addcmul(grad_mean, grad_c, scale).sum(0)
+                grad_k = torch.addcmul(grad_mean * path.mean, grad_k, scale).sum(0) - mu * grad_bias
+                grad_weight = grad_k * invstd
+                if grad_x is not None:
+                    # the variance's gradient acts on x - mu, the mean's on all alike
+                    q = grad_k * weight * invstd.pow(3) / -(len(x) * pixels)
+                    shift = torch.addcmul(-(path.k * grad_bias / len(x)), grad_mean, path.k) / pixels - q * mu
+                    grad_x = ctx.kernels.moments_backward_(grad_x, x, q.expand_as(a).contiguous(), shift)
+            grads.append((grad_x, grad_mean if descriptor_known else None, grad_weight, grad_bias))
+        (grad_u, _, grad_weight_u, grad_bias_u), (grad_v, grad_known, grad_weight_v, grad_bias_v) = grads
+        return (
+            None, None, None, grad_u, grad_v, grad_known, grad_w1, grad_w2, grad_weight_u, grad_bias_u, grad_weight_v,
+            grad_bias_v)
+
+
+def _kernels(x: Tensor) -> Optional[ModuleType]:
+    """The passes for a map, None where there are none."""
+    # what traces or transforms a network sees the plain formula, and so does every tensor that is not just one
+    if (
+            not _enabled
+            or type(x) is not Tensor
+            or torch.compiler.is_compiling()
+            or torch.jit.is_tracing()
+            or torch._C._are_functorch_transforms_active()
+            or x.numel() == 0
+    ):
+        return None
+    if x.device.type == 'cpu':
+        from . import cpu_kernels
+        return cpu_kernels if cpu_kernels.available(x.dtype) else None
+    if x.device.type == 'cuda' and _experimental and torch.version.cuda:
+        from . import triton_kernels
+        return triton_kernels if x.dtype in (torch.float32, torch.bfloat16, torch.float16) else None
+    return None
+
+
+def has_hooks(*modules: Optional[nn.Module]) -> bool:
+    """Whether somebody looks at what a module takes or returns, so that it must really be called."""
+    return any(
+        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
+        for m in modules if m is not None)
+
+
+def _update_running(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor, count: int) -> None:
+    """As torch.nn.BatchNorm2d does."""
+    if not norm.track_running_stats or norm.running_mean is None:
+        return
+    norm.num_batches_tracked.add_(1)
+    momentum = 1 / float(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
+    norm.running_mean.lerp_(mean, momentum)
+    norm.running_var.lerp_(var * (count / (count - 1)), momentum)
+
+
+def fused_merge(
+        mix: nn.Module,
+        u: Tensor,
+        v: Tensor,
+        norm: Optional[nn.Module] = None,
+        shortcut_norm: Optional[nn.Module] = None,
+        act: Optional[nn.Module] = None,
+        pooled: Optional[Tensor] = None,
+        mean: Optional[Callable[[], Optional[Tensor]]] = None,
+        inplace: bool = False,
+) -> Optional[Tuple[Tensor, Tensor]]:
+    """act(n λ1 · norm(u) + n λ2 · shortcut_norm(v)), fused.
+
+    Args:
+        mix: Infers λ, a `MixingWeights` of two paths.
+        u: (batch, channels, height, width).
+        v: Of the same shape.
+        norm: BatchNorm2d over u, none if None.
+        shortcut_norm: BatchNorm2d over v, none if None.
+        act: ReLU, none if None.
+        pooled: The mean of v over its pixels, if it is known, (batch, channels). Gradients flow to it.
+        mean: Computes that of u, or None, where there is a cheaper way than to read u; used if no gradient is needed.
+        inplace: Whether u may be overwritten if no gradient is needed.
+
+    Returns:
+        The merged map and its mean over its pixels, (batch, channels); or None, with nothing done, where it cannot be
+        fused.
+    """
+    norms = [norm, shortcut_norm]
+    params = [mix.weight1, mix.weight2] + [p for m in norms if m is not None for p in (m.weight, m.bias)]
+    kernels = _kernels(u)
+    if (
+            kernels is None
+            or type(v) is not Tensor or v.dtype != u.dtype or v.shape != u.shape or v.device != u.device
+            or not all(m is None or type(m) is nn.BatchNorm2d for m in norms)
+            or not (act is None or type(act) is nn.ReLU)
+            or has_hooks(mix, norm, shortcut_norm, act)
+            or any(p is None or p.dtype != (torch.float64 if u.dtype == torch.float64 else torch.float32) for p in params)
+    ):
+        return None
+    # by batch statistics, as BatchNorm itself decides
+    batch_stats = [m is not None and (m.training or m.running_mean is None) for m in norms]
+    relu = act is not None
+    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (u, v, *params))
+    if not any(m is not None and not batch for m, batch in zip(norms, batch_stats)) and (needs_grad or any(batch_stats)):
+        count = u.numel() // u.shape[1]
+        if count == 1 and any(batch_stats):
+            return None  # torch's own error
+        norm_params = [None if m is None else p for m in norms for p in (m and m.weight, m and m.bias)]
+        y, y_pooled, *statistics = _FusedMerge.apply(
+            kernels, relu, [m and m.eps for m in norms], u, v, pooled, mix.weight1, mix.weight2, *norm_params)
+        for m, mu, var in zip(norms, statistics[::2], statistics[1::2]):
+            if m is not None:
+                _update_running(m, mu, var, count)
+        return y, y_pooled
+    if needs_grad or any(batch_stats):
+        return None
+    paths = []
+    for x, m, known in ((u, norm, mean and mean()), (v, shortcut_norm, pooled)):
+        known = descriptor(x) if known is None else known
+        if m is None:
+            paths.append(_Affine(known))
+        else:
+            k = m.weight * (m.running_var + m.eps).rsqrt()
+            paths.append(_Affine(known, k, torch.addcmul(m.bias, m.running_mean, k, value=-1)))
+    scales = mix(torch.cat([path.descriptor() for path in paths], dim=1))
+    return kernels.affine_act(u, v, *_coefficients(scales, paths), relu, inplace)

@@ -1,0 +1,353 @@
+"""Triton kernels of the merges: each reads its maps once and writes its result once, whatever the layout.
+
+A map is (batch, channels, height, width), float32, bfloat16 or float16, channels-last or contiguous; maps given
+together have one shape, dtype and device, and are brought into the memory format of the first. Coefficients and results
+per image and channel are (batch, channels), float32. All arithmetic is in float32 and rounded once, to the dtype of
+the maps. Sums are taken in a fixed order, without atomics: they are the same in every run.
+
+No function here knows autograd. All are `torch.library.triton_op`s: torch.compile sees through them to the kernels.
+
+A program computes a block of channels of one image, in tiles of pixels × channels. The strides say which of the two is
+contiguous, and Triton lays the threads out along it. Where there would be too few programs to fill a GPU, several
+share the pixels of an image, and their partial results are combined afterwards.
+"""
+from contextlib import nullcontext
+from typing import Any, ContextManager, Dict, Optional, Tuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.library import triton_op, wrap_triton
+
+__all__ = ['moments', 'moments_backward_', 'affine_act', 'affine_act_backward']
+
+
+@triton.jit
+def _program(images, channels, pixels, splits, chunk, BLOCK_C: tl.constexpr):
+    """What is this program's: channels, first and last pixel, the start of its image in a map, its rows in (images,
+    channels) and in (splits, images, channels). Channel blocks vary fastest: neighbours in memory, read together."""
+    blocks = tl.cdiv(channels, BLOCK_C)
+    index = tl.program_id(0) // blocks
+    split = index % splits
+    image = (index // splits).to(tl.int64)  # one image has less than 2^31 elements, a batch may have more
+    channel = tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
+    start = split * chunk
+    end = tl.minimum(start + chunk, pixels)
+    row = image * channels + channel
+    return channel, start, end, image * (channels * pixels), row, row + split * (images * channels)
+
+
+@triton.jit
+def _tile(first, end, channel, channels, stride_c, stride_p, BLOCK_P: tl.constexpr):
+    """The offsets of BLOCK_P pixels in an image, and which of them exist."""
+    pixel = (first + tl.arange(0, BLOCK_P))[:, None]
+    return pixel * stride_p + channel[None, :] * stride_c, (pixel < end) & (channel < channels)[None, :]
+
+
+@triton.jit
+def _affine(u, v, offset, mask, a, b, c, HAS_V: tl.constexpr):
+    """A tile of u and v, and a·u + (b·v + c): forward and backward agree on its sign to the last bit."""
+    u_tile = tl.load(u + offset, mask=mask, other=0.).to(tl.float32)
+    v_tile = u_tile
+    z = c
+    if HAS_V:
+        v_tile = tl.load(v + offset, mask=mask, other=0.).to(tl.float32)
+        z = tl.fma(b, v_tile, c)
+    return u_tile, v_tile, tl.fma(a, u_tile, z)
+
+
+@triton.jit
+def _moments_kernel(
+        x, out, images, channels, pixels, stride_c, stride_p, splits, chunk,
+        BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+):
+    channel, start, end, base, _, result = _program(images, channels, pixels, splits, chunk, BLOCK_C)
+    # Welford's recurrence in every lane: neither a large mean nor an outlier spoils it, as both may a sum of squares
+    count = tl.zeros([BLOCK_P, 1], tl.float32)
+    mean = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    m2 = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    for first in range(start, end, BLOCK_P):
+        offset, mask = _tile(first, end, channel, channels, stride_c, stride_p, BLOCK_P)
+        value = tl.load(x + base + offset, mask=mask, other=0.).to(tl.float32)
+        count += (first + tl.arange(0, BLOCK_P) < end)[:, None].to(tl.float32)
+        delta = tl.where(mask, value - mean, 0.)
+        mean += delta * (1. / tl.maximum(count, 1.))
+        m2 += delta * (value - mean)
+    total = (end - start).to(tl.float32)
+    overall = tl.sum(count * mean, axis=0) / total
+    deviation = mean - overall[None, :]
+    var = tl.sum(m2 + count * deviation * deviation, axis=0) / total
+    tl.store(out + result, overall, mask=channel < channels)
+    tl.store(out + result + splits * images * channels, var, mask=channel < channels)
+
+
+@triton.jit
+def _combine_moments_kernel(moments, out, size, pixels, splits, chunk, BLOCK: tl.constexpr, BLOCK_S: tl.constexpr):
+    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    split = tl.arange(0, BLOCK_S)[:, None]
+    mask = (split < splits) & (index < size)[None, :]
+    offset = split.to(tl.int64) * size + index[None, :]
+    mean = tl.load(moments + offset, mask=mask, other=0.)
+    var = tl.load(moments + offset + splits * size, mask=mask, other=0.)
+    weight = tl.maximum(tl.minimum(pixels - split * chunk, chunk), 0).to(tl.float32) / pixels
+    overall = tl.sum(weight * mean, axis=0)
+    deviation = mean - overall[None, :]
+    tl.store(out + index, overall, mask=index < size)
+    tl.store(out + index + size, tl.sum(weight * (var + deviation * deviation), axis=0), mask=index < size)
+
+
+@triton.jit
+def _moments_backward_kernel(
+        grad, x, scale, shift, images, channels, pixels, stride_c, stride_p, splits, chunk,
+        BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+):
+    channel, start, end, base, row, _ = _program(images, channels, pixels, splits, chunk, BLOCK_C)
+    scale_row = tl.load(scale + row, mask=channel < channels, other=0.)[None, :]
+    shift_row = tl.load(shift + row, mask=channel < channels, other=0.)[None, :]
+    for first in range(start, end, BLOCK_P):
+        offset, mask = _tile(first, end, channel, channels, stride_c, stride_p, BLOCK_P)
+        value = tl.load(x + base + offset, mask=mask, other=0.).to(tl.float32)
+        g = tl.load(grad + base + offset, mask=mask, other=0.).to(tl.float32)
+        tl.store(grad + base + offset, g + (scale_row * value + shift_row), mask=mask)
+
+
+@triton.jit
+def _affine_act_kernel(
+        u, v, a, b, c, y, pooled, images, channels, pixels, stride_c, stride_p, splits, chunk,
+        HAS_V: tl.constexpr, RELU: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+):
+    channel, start, end, base, row, result = _program(images, channels, pixels, splits, chunk, BLOCK_C)
+    a_row = tl.load(a + row, mask=channel < channels, other=0.)[None, :]
+    b_row = tl.load(b + row, mask=channel < channels, other=0.)[None, :]
+    c_row = tl.load(c + row, mask=channel < channels, other=0.)[None, :]
+    total = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    for first in range(start, end, BLOCK_P):
+        offset, mask = _tile(first, end, channel, channels, stride_c, stride_p, BLOCK_P)
+        _, _, z = _affine(u + base, v + base, offset, mask, a_row, b_row, c_row, HAS_V)
+        if RELU:
+            z = tl.where(z <= 0., 0., z)  # NaN stays
+        tl.store(y + base + offset, z, mask=mask)
+        total += tl.where(mask, z, 0.)
+    tl.store(pooled + result, tl.sum(total, axis=0) / pixels, mask=channel < channels)
+
+
+@triton.jit
+def _affine_act_backward_kernel(
+        grad, grad_pooled, u, v, a, b, c, grad_u, grad_v, sums,
+        images, channels, pixels, stride_c, stride_p, splits, chunk,
+        HAS_GRAD: tl.constexpr, HAS_POOLED: tl.constexpr, HAS_V: tl.constexpr, RELU: tl.constexpr,
+        NEED_U: tl.constexpr, NEED_V: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+):
+    channel, start, end, base, row, result = _program(images, channels, pixels, splits, chunk, BLOCK_C)
+    a_row = tl.load(a + row, mask=channel < channels, other=0.)[None, :]
+    b_row = tl.load(b + row, mask=channel < channels, other=0.)[None, :]
+    c_row = tl.load(c + row, mask=channel < channels, other=0.)[None, :]
+    every = tl.zeros([1, BLOCK_C], tl.float32)  # what each pixel gets
+    if HAS_POOLED:
+        every = tl.load(grad_pooled + row, mask=channel < channels, other=0.)[None, :] / pixels
+    sum_gu = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    sum_gv = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    sum_g = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    for first in range(start, end, BLOCK_P):
+        offset, mask = _tile(first, end, channel, channels, stride_c, stride_p, BLOCK_P)
+        u_tile, v_tile, z = _affine(u + base, v + base, offset, mask, a_row, b_row, c_row, HAS_V)
+        g = tl.where(mask, every, 0.)
+        if HAS_GRAD:
+            g += tl.load(grad + base + offset, mask=mask, other=0.).to(tl.float32)
+        if RELU:
+            g = tl.where(z <= 0., 0., g)  # NaN passes
+        if NEED_U:
+            tl.store(grad_u + base + offset, a_row * g, mask=mask)
+        if NEED_V:
+            tl.store(grad_v + base + offset, b_row * g, mask=mask)
+        sum_gu += g * u_tile
+        sum_g += g
+        if HAS_V:
+            sum_gv += g * v_tile
+    plane = splits * images * channels
+    tl.store(sums + result, tl.sum(sum_gu, axis=0), mask=channel < channels)
+    tl.store(sums + result + plane, tl.sum(sum_g, axis=0), mask=channel < channels)
+    if HAS_V:
+        tl.store(sums + result + 2 * plane, tl.sum(sum_gv, axis=0), mask=channel < channels)
+
+
+_TILE = 2048  # elements: sixteen for each thread of four warps
+_CONTIGUOUS = 128  # elements of a tile along the contiguous axis, 256 or 512 bytes; the rest goes along the other
+_PROGRAMS = 1024  # several for each multiprocessor of the largest GPUs: below this, pixels are split ...
+_SPLIT_TILES = 4  # ... as long as each program has this many tiles
+_MAX_SPLITS = 256  # one tile of _combine_moments_kernel holds them all
+
+
+def _block(size: int, limit: int) -> int:
+    """The smallest power of two that covers size, or the limit. Compares only: sizes may be symbolic."""
+    block = 1
+    while block < limit and block < size:
+        block *= 2
+    return block
+
+
+def _plan(x: Tensor) -> Tuple[Tuple[int], int, Dict[str, Any]]:
+    """The grid for maps like x, the number of splits, and what the kernels are told about the maps."""
+    images, channels, height, width = x.shape
+    pixels = height * width
+    if x.is_contiguous():
+        block_p = _block(pixels, _CONTIGUOUS)
+        block_c = _block(channels, _TILE // block_p)
+        strides = dict(stride_c=pixels, stride_p=1)
+    else:
+        block_c = _block(channels, _CONTIGUOUS)
+        block_p = _block(pixels, _TILE // block_c)
+        strides = dict(stride_c=1, stride_p=channels)
+    programs = images * triton.cdiv(channels, block_c)
+    tiles = triton.cdiv(pixels, block_p)
+    splits = max(1, min(_PROGRAMS // max(1, programs), tiles // _SPLIT_TILES, _MAX_SPLITS))
+    chunk = triton.cdiv(tiles, splits) * block_p
+    splits = triton.cdiv(pixels, chunk)  # none is empty
+    return (programs * splits,), splits, dict(
+        images=images, channels=channels, pixels=pixels, **strides, splits=splits, chunk=chunk,
+        BLOCK_C=block_c, BLOCK_P=block_p,
+    )
+
+
+def _device(x: Tensor) -> ContextManager:
+    """Triton launches on the current device."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+def _uniform(first: Tensor, *others: Optional[Tensor]) -> Tuple[Any, ...]:
+    """All maps in the memory format of the first, channels-last if that is neither."""
+    memory_format = torch.contiguous_format if first.is_contiguous() else torch.channels_last
+    return tuple(x if x is None else x.contiguous(memory_format=memory_format) for x in (first, *others))
+
+
+@triton_op('timm_awm::moments', mutates_args=())
+def _moments(x: Tensor) -> Tensor:
+    grid, splits, plan = _plan(x)
+    partial = x.new_empty((2, splits, *x.shape[:2]), dtype=torch.float32)
+    with _device(x):
+        wrap_triton(_moments_kernel)[grid](x, partial, **plan)
+        if splits == 1:
+            return partial[:, 0]
+        out = torch.empty_like(partial[:, 0])
+        size, block_s = out[0].numel(), _block(splits, _MAX_SPLITS)
+        block = _TILE // block_s
+        wrap_triton(_combine_moments_kernel)[(triton.cdiv(size, block),)](
+            partial, out, size, plan['pixels'], splits, plan['chunk'], BLOCK=block, BLOCK_S=block_s,
+        )
+    return out
+
+
+@triton_op('timm_awm::moments_backward_', mutates_args={'grad'})
+def _moments_backward_(grad: Tensor, x: Tensor, scale: Tensor, shift: Tensor) -> None:
+    grid, _, plan = _plan(grad)
+    with _device(grad):
+        wrap_triton(_moments_backward_kernel)[grid](grad, x, scale, shift, **plan)
+
+
+@triton_op('timm_awm::affine_act', mutates_args=())
+def _affine_act(
+        u: Tensor, v: Optional[Tensor], a: Tensor, b: Optional[Tensor], c: Tensor, relu: bool,
+) -> Tuple[Tensor, Tensor]:
+    grid, splits, plan = _plan(u)
+    y, partial = torch.empty_like(u), a.new_empty((splits, *a.shape))
+    with _device(u):
+        wrap_triton(_affine_act_kernel)[grid](
+            u, u if v is None else v, a, a if b is None else b, c, y, partial, **plan, HAS_V=v is not None, RELU=relu,
+        )
+    return y, partial[0] if splits == 1 else partial.sum(0)
+
+
+@triton_op('timm_awm::affine_act_backward', mutates_args=())
+def _affine_act_backward(
+        grad: Optional[Tensor], grad_pooled: Optional[Tensor], u: Tensor, v: Optional[Tensor],
+        a: Tensor, b: Optional[Tensor], c: Tensor, relu: bool, need_u: bool, need_v: bool,
+) -> Tuple[Tensor, Tensor, Tensor]:
+    grid, splits, plan = _plan(u)
+    grad_u = torch.empty_like(u) if need_u else u.new_empty(0)
+    grad_v = torch.empty_like(u) if need_v else u.new_empty(0)
+    partial = a.new_empty((2 if v is None else 3, splits, *a.shape))
+    with _device(u):
+        wrap_triton(_affine_act_backward_kernel)[grid](
+            u if grad is None else grad, a if grad_pooled is None else grad_pooled, u, u if v is None else v,
+            a, a if b is None else b, c, grad_u, grad_v, partial, **plan,
+            HAS_GRAD=grad is not None, HAS_POOLED=grad_pooled is not None, HAS_V=v is not None, RELU=relu,
+            NEED_U=need_u, NEED_V=need_v,
+        )
+    return grad_u, grad_v, partial[:, 0] if splits == 1 else partial.sum(1)
+
+
+def moments(x: Tensor) -> Tuple[Tensor, Tensor]:
+    """Mean and biased variance of every channel of every image.
+
+    Args:
+        x: (batch, channels, height, width).
+
+    Returns:
+        The two, (batch, channels), float32.
+    """
+    mean, var = _moments(*_uniform(x)).unbind()
+    return mean, var
+
+
+def moments_backward_(grad: Tensor, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """grad += scale · x + shift, in place.
+
+    Args:
+        grad: (batch, channels, height, width).
+        x: In shape and dtype like grad.
+        scale: (batch, channels), float32.
+        shift: Likewise.
+
+    Returns:
+        grad
+    """
+    dense, x = _uniform(grad, x)
+    _moments_backward_(dense, x, scale.contiguous(), shift.contiguous())
+    return grad if dense is grad else grad.copy_(dense)
+
+
+def affine_act(
+        u: Tensor, v: Optional[Tensor], a: Tensor, b: Optional[Tensor], c: Tensor, relu: bool,
+) -> Tuple[Tensor, Tensor]:
+    """y = act(a · u + (b · v + c)), and its mean over height and width.
+
+    Args:
+        u: (batch, channels, height, width).
+        v: In shape and dtype like u, or None for y = act(a · u + c).
+        a: (batch, channels), float32.
+        b: Likewise, None if v is.
+        c: Likewise.
+        relu: act is ReLU, otherwise the identity.
+
+    Returns:
+        y, in shape and dtype like u, and the mean of y before its rounding, (batch, channels), float32.
+    """
+    u, v = _uniform(u, v)
+    return _affine_act(u, v, a.contiguous(), b if b is None else b.contiguous(), c.contiguous(), relu)
+
+
+def affine_act_backward(
+        grad: Optional[Tensor], grad_pooled: Optional[Tensor], u: Tensor, v: Optional[Tensor],
+        a: Tensor, b: Optional[Tensor], c: Tensor, relu: bool, need_u: bool, need_v: bool,
+) -> Tuple[Optional[Tensor], Optional[Tensor], Tensor, Optional[Tensor], Tensor]:
+    """The gradients of affine_act with respect to u, v, a, b and c.
+
+    Args:
+        grad: Gradient of y, (batch, channels, height, width); None is 0.
+        grad_pooled: Gradient of the means, (batch, channels), float32; None is 0.
+        u: The arguments of affine_act, as are v, a, b, c and relu.
+        need_u: The gradient of u is computed, otherwise None.
+        need_v: That of v, likewise.
+
+    Returns:
+        The five, each in shape and dtype like what it is the gradient of; None for v and b if there are none.
+    """
+    u, v, grad = _uniform(u, v, grad)
+    need_v = need_v and v is not None
+    grad_u, grad_v, sums = _affine_act_backward(
+        grad, grad_pooled if grad_pooled is None else grad_pooled.contiguous(), u, v,
+        a.contiguous(), b if b is None else b.contiguous(), c.contiguous(), relu, need_u, need_v,
+    )
+    grad_b = None if v is None else sums[2]
+    return grad_u if need_u else None, grad_v if need_v else None, sums[0], grad_b, sums[1]
