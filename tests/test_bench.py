@@ -166,6 +166,14 @@ def test_any_model_of_timm(capsys):
     assert 'ratios to test_resnet:' in capsys.readouterr().out
 
 
+def test_help_tells_the_two_commands_apart(capsys):
+    with pytest.raises(SystemExit, match='0'):
+        cli.main(['bench', '--help'])
+    help_text = ' '.join(capsys.readouterr().out.split())
+    assert "`timm-awm benchmark` runs timm's benchmark.py on one model" in help_text
+    assert 'Example: timm-awm bench awm_resnet50' in help_text
+
+
 @pytest.mark.parametrize('args, message', [
     (['awm_resnet2_cifar'], "Unknown model 'awm_resnet2_cifar', the nearest is 'awm_resnet"),
     (['--device', 'nowhere'], "Device 'nowhere' cannot be used here"),

@@ -95,6 +95,7 @@ def test_densenet_merges_stand_before_every_layer_with_two_inputs_and_at_block_e
     assert len(convs) + 1 == layers
 
 
+@pytest.mark.usefixtures('unfused')
 @pytest.mark.parametrize('train', [True, False])
 @pytest.mark.parametrize('name', SMALL + ['awm_densenet121'])
 def test_identity_start_equals_timms_own_model_bit_for_bit(name, train):
@@ -207,6 +208,7 @@ def test_cifar_resnet_intermediates(indices, taps):
         model.forward_intermediates(x, [4])
 
 
+@pytest.mark.usefixtures('unfused')
 @pytest.mark.parametrize('name, kwargs', [
     ('awm_resnet18', dict(in_chans=1, num_classes=7, drop_rate=0.1, drop_path_rate=0.5, drop_block_rate=0.1)),
     ('awm_resnet18', dict(output_stride=8, global_pool='catavgmax')),
@@ -331,6 +333,7 @@ def test_onnx(name, tmp_path):
     torch.testing.assert_close(torch.from_numpy(out), model(x).detach(), rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.usefixtures('unfused')
 @pytest.mark.parametrize('name', ['awm_resnet14_cifar', 'awm_densenet22_cifar'])
 def test_merges_survive_timms_feature_graph(name):
     features = create(name, features_only=True, feature_cls='fx')
@@ -341,6 +344,7 @@ def test_merges_survive_timms_feature_graph(name):
     assert lambdas and all(torch.equal(v, torch.full_like(v, 1 / v.shape[1])) for v in lambdas.values())
 
 
+@pytest.mark.usefixtures('unfused')
 @pytest.mark.parametrize('name', ['awm_resnet14_cifar', 'awm_densenet22_cifar', 'awm_resnet26d'])
 def test_symbolic_trace(name):
     model = create(name, trained=True).eval()
@@ -349,6 +353,7 @@ def test_symbolic_trace(name):
     assert torch.equal(traced(x), model(x))
 
 
+@pytest.mark.usefixtures('unfused')
 @pytest.mark.parametrize('name', ['awm_resnet14_cifar', 'awm_densenet22_cifar'])
 @pytest.mark.parametrize('amp, backend', [(False, 'aot_eager'), (True, 'eager')])  # decompositions round bfloat16 anew
 def test_compile_without_graph_breaks(name, amp, backend):

@@ -154,8 +154,8 @@ def group_contenders(models: Sequence[str]) -> List[List[Spec]]:
 
 
 def with_controls(name: str) -> List[Spec]:
-    """An AWM model, after timm's own plain model, the plain control where that is another one, and before an SE model,
-    as far as there are such."""
+    """What an AWM model runs with, as far as there is such: timm's own plain model, the plain control where that is
+    another network, the AWM model itself, an SE model."""
     awm, control = Spec(name), Spec(name, dict(awm=False))
     own = name.partition('.')[0].removeprefix('awm_')
     with torch.device('meta'):
@@ -217,8 +217,8 @@ def _bench(specs: List[Spec], mode: str, settings: Settings, device: torch.devic
             for contender in contenders:
                 del contender.seconds[rounds:]  # of a round that was interrupted
             rows = [_row(contender, contenders[0], mode, x, settings) for contender in contenders]
-            print(f'\n{_table(rows, mode)}', flush=True)
             write(rows)
+            print(f'\n{_table(rows, mode)}', flush=True)
 
 
 def make_contenders(
@@ -326,17 +326,13 @@ def peak_memory(step: Callable[[], Any], device: torch.device) -> Optional[int]:
 
 
 def _seconds(contender: Contender, device: torch.device) -> float:
+    synchronize = partial(torch.accelerator.synchronize, device) if device.type != 'cpu' else lambda: None
     contender.prepare()
-    _synchronize(device)
+    synchronize()
     start = time.perf_counter()
     contender.step()
-    _synchronize(device)
+    synchronize()
     return time.perf_counter() - start
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type != 'cpu':
-        torch.accelerator.synchronize(device)
 
 
 def _quartiles(values: Sequence[float]) -> Tuple[float, float, float]:
@@ -406,13 +402,16 @@ def _table(rows: List[Dict[str, Any]], mode: str) -> str:
 
 def _header(settings: Settings, device: torch.device) -> str:
     kept = 'LD_PRELOAD', 'THP_MEM_ALLOC_ENABLE', 'PYTORCH_ALLOC_CONF', 'PYTORCH_CUDA_ALLOC_CONF', 'OMP_NUM_THREADS'
+    cudnn = torch.backends.cudnn
     environment = [f'{k}={v}' for k, v in sorted(os.environ.items()) if k in kept or k.startswith('TIMM_AWM_')]
     lines = [
         f'command: {shlex.join(sys.argv)}',
         f'versions: timm_awm {__version__}, timm {timm.__version__}, torch {torch.__version__}, '
         f'Python {platform.python_version()}',
         f'device: {_device_name(device)}; {os.cpu_count()} CPU cores, {torch.get_num_threads()} threads, '
-        f'{torch.backends.cpu.get_cpu_capability()}',
+        f'{torch.backends.cpu.get_cpu_capability()}'
+        + (f', load average {os.getloadavg()[0]:.1f}' if hasattr(os, 'getloadavg') else '')
+        + f'; cuDNN {cudnn.version()}, in benchmark mode, TF32 {cudnn.allow_tf32}' * (device.type == 'cuda'),
         f'allocator: {_allocator()}; environment: {" ".join(environment) or "nothing that matters is set"}',
         f"settings: {f'{settings.amp_dtype} autocast' if settings.amp_dtype else 'float32'}, "
         f"{'channels-last' if settings.channels_last else 'contiguous'}, "

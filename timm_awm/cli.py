@@ -177,7 +177,7 @@ def _add_bench(commands) -> None:
         description="Times training steps (of an AWM model: each phase by itself) and inference of a model against "
                     "timm's own plain and SE models, in turns in one process, and measures peak memory: ratios that "
                     "noise hits alike. `timm-awm benchmark` runs timm's benchmark.py on one model.",
-        epilog='Examples: timm-awm bench awm_resnet50 --amp-dtype bfloat16 --csv results.csv; '
+        epilog='Example: timm-awm bench awm_resnet50 --amp-dtype bfloat16 --csv results.csv; '
                'timm-awm bench resnet50 ecaresnet50d convnext_tiny --mode infer',
     )
     parser.add_argument(
@@ -194,7 +194,7 @@ def _add_bench(commands) -> None:
     parser.add_argument(
         '--channels-last', action=argparse.BooleanOptionalAction, default=True, help='memory format (channels last)')
     parser.add_argument('--device', help='(an accelerator if there is one, else cpu)')
-    parser.add_argument('--warmup', type=_positive_int, default=3, metavar='N', help='steps before (%(default)s)')
+    parser.add_argument('--warmup', type=_positive_int, default=3, metavar='N', help='steps not timed (%(default)s)')
     parser.add_argument('--repeats', type=_positive_int, default=20, metavar='N', help='rounds timed (%(default)s)')
     parser.add_argument('--csv', type=Path, metavar='FILE', help="new file for the results in timm's columns, and ours")
     parser.set_defaults(run=_bench)

@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from .functional import descriptor, scaled_mixing_weights
 
-__all__ = ['set_fused_merge', 'fused_merge', 'has_hooks']
+__all__ = ['set_fused_merge', 'fused_merge', 'fused_concat', 'moments', 'has_hooks']
 
 _enabled = os.environ.get('TIMM_AWM_FUSED', '1') != '0'
 _experimental = os.environ.get('TIMM_AWM_FUSED', '1') == '2'
@@ -196,6 +196,11 @@ def has_hooks(*modules: Optional[nn.Module]) -> bool:
         for m in modules if m is not None)
 
 
+def _full_precision(x: Tensor, params: List[Optional[Tensor]]) -> bool:
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return all(p is not None and p.dtype == dtype for p in params)
+
+
 def _update_running(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor, count: int) -> None:
     """As torch.nn.BatchNorm2d does."""
     if not norm.track_running_stats or norm.running_mean is None:
@@ -234,16 +239,17 @@ def fused_merge(
         The merged map and its mean over its pixels, (batch, channels); or None, with nothing done, where it cannot be
         fused.
     """
+    kernels = _kernels(u)
+    if kernels is None:
+        return None
     norms = [norm, shortcut_norm]
     params = [mix.weight1, mix.weight2] + [p for m in norms if m is not None for p in (m.weight, m.bias)]
-    kernels = _kernels(u)
     if (
-            kernels is None
-            or type(v) is not Tensor or v.dtype != u.dtype or v.shape != u.shape or v.device != u.device
+            type(v) is not Tensor or v.dtype != u.dtype or v.shape != u.shape or v.device != u.device
             or not all(m is None or type(m) is nn.BatchNorm2d for m in norms)
             or not (act is None or type(act) is nn.ReLU)
             or has_hooks(mix, norm, shortcut_norm, act)
-            or any(p is None or p.dtype != (torch.float64 if u.dtype == torch.float64 else torch.float32) for p in params)
+            or not _full_precision(u, params)
     ):
         return None
     # by batch statistics, as BatchNorm itself decides
@@ -273,3 +279,112 @@ def fused_merge(
             paths.append(_Affine(known, k, torch.addcmul(m.bias, m.running_mean, k, value=-1)))
     scales = mix(torch.cat([path.descriptor() for path in paths], dim=1))
     return kernels.affine_act(u, v, *_coefficients(scales, paths), relu, inplace)
+
+
+class _Moments(Function):
+    """Mean and biased variance over pixels, and the map itself, whose gradient then waits for theirs."""
+
+    @staticmethod
+    def forward(ctx, kernels, x):
+        mean, var = kernels.moments(x)
+        ctx.kernels = kernels
+        ctx.save_for_backward(x, mean)
+        return x.view_as(x), mean, var
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad, grad_mean, grad_var):
+        x, mean = ctx.saved_tensors
+        pixels = x.shape[2] * x.shape[3]
+        scale = grad_var * (2 / pixels)
+        return None, ctx.kernels.moments_backward_(grad, x, scale, grad_mean / pixels - scale * mean)
+
+
+class _AffineAct(Function):
+    """a · x + c and a ReLU if asked for."""
+
+    @staticmethod
+    def forward(ctx, kernels, relu, x, a, c):
+        ctx.kernels, ctx.relu = kernels, relu
+        ctx.save_for_backward(x, a, c)
+        return kernels.affine_act(x, None, a, None, c, relu)[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, a, c = ctx.saved_tensors
+        grad_x, _, grad_a, _, grad_c = ctx.kernels.affine_act_backward(
+            grad, torch.zeros_like(a), x, None, a, None, c, ctx.relu, ctx.needs_input_grad[2], False)
+        return None, None, grad_x, grad_a, grad_c
+
+
+def moments(x: Tensor) -> Tuple[Tensor, Tensor, Optional[Tensor]]:
+    """What a dense block keeps of a map, read once when it is made.
+
+    Args:
+        x: (batch, channels, height, width).
+
+    Returns:
+        The map, to be used from now on; its `descriptor`, and its biased variance over pixels, both (batch, channels). The
+        variance is None where it cannot be had by the way.
+    """
+    kernels = _kernels(x)
+    if kernels is None:
+        return x, descriptor(x), None
+    return _Moments.apply(kernels, x)
+
+
+def fused_concat(
+        mix: nn.Module,
+        maps: List[Tensor],
+        means: List[Tensor],
+        variances: Optional[List[Tensor]] = None,
+        norm: Optional[nn.BatchNorm2d] = None,
+        relu: bool = False,
+) -> Optional[Tensor]:
+    """relu(norm([n λi · map_i])), the weights and the normalisation in one pass.
+
+    Args:
+        mix: Infers λ, a `MixingWeights` of n paths.
+        maps: n maps, (batch, channels[i], height, width).
+        means: Their means over pixels, (batch, channels[i]).
+        variances: Their variances, of the same shapes, where batch statistics are to follow from them.
+        norm: A BatchNorm over all channels, none if None.
+        relu: Whether a ReLU follows.
+
+    Returns:
+        (batch, sum of channels, height, width), or None, with nothing done, where it cannot be fused.
+    """
+    kernels = _kernels(maps[0])
+    if kernels is None:
+        return None
+    batch_stats = norm is not None and (norm.training or norm.running_mean is None)
+    count = maps[0][:, 0].numel()
+    params = [mix.weight1, mix.weight2] + ([] if norm is None else [norm.weight, norm.bias])
+    if (
+            len(maps) != mix.num_paths
+            or any(type(x) is not Tensor or x.dtype != maps[0].dtype for x in maps)
+            or batch_stats and (count == 1 or not variances)
+            or not _full_precision(maps[0], params)
+    ):
+        return None
+    mean = torch.cat(means, dim=1)
+    scales = mix(mean)
+    channels = torch.tensor([x.shape[1] for x in maps], device=scales.device)
+    a = scales.repeat_interleave(channels, dim=1, output_size=mean.shape[1])
+    if norm is None:
+        c = torch.zeros_like(a)
+    else:
+        mu, var = norm.running_mean, norm.running_var
+        if batch_stats:
+            weighted = a * mean
+            mu = weighted.mean(0)
+            var = (a.square() * torch.cat(variances, dim=1) + (weighted - mu).square()).mean(0)
+            _update_running(norm, mu.detach(), var.detach(), count)
+        k = norm.weight * (var + norm.eps).rsqrt()
+        c = (norm.bias - mu * k).expand_as(a).contiguous()
+        a = a * k
+    x = torch.cat(maps, dim=1)
+    if torch.is_grad_enabled():
+        return _AffineAct.apply(kernels, relu, x, a, c)
+    return kernels.affine_act(x, None, a, None, c, relu, inplace=len(maps) > 1)[0]

@@ -12,7 +12,7 @@ import torch.fx
 from torch import Tensor, nn
 
 from .functional import descriptor, mixing_logits, scaled_mixing_weights, weighted_concat, weighted_sum
-from .fused import fused_merge
+from .fused import fused_concat, fused_merge
 
 __all__ = ['MixingWeights', 'SumMerge', 'ConcatMerge', 'merge_parameters']
 
@@ -123,6 +123,10 @@ class ConcatMerge(nn.Module):
         """
         if descriptors is None:
             descriptors = [descriptor(x) for x in maps]
+        if not torch.jit.is_scripting():
+            fused = fused_concat(self.mix, maps, descriptors)
+            if fused is not None:
+                return fused
         return weighted_concat(maps, self.mix(torch.cat(descriptors, dim=1)))
 
 

@@ -9,17 +9,18 @@ Papers:
 * `Densely Connected Convolutional Networks` - https://arxiv.org/abs/1608.06993
 """
 from functools import partial
-from typing import Any, Dict, List
+from typing import Any, Dict, List, Optional
 
 import torch
 import torch.fx
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import BatchNormAct2d
 from timm.models import DenseNet, checkpoint, generate_default_cfgs, register_model
 from timm.models.densenet import DenseBlock, DenseLayer, _filter_torchvision_pretrained  # private: there is no other
 from torch import Tensor, nn
 
-from ..layers import ConcatMerge, descriptor
+from ..layers import ConcatMerge, descriptor, fused_concat, has_hooks, moments
 from ._awm import CIFAR10_CFG, AwmModel, create_awm_model, refuse_stem_arguments
 
 __all__ = ['AwmDenseNet', 'CifarDenseNet', 'AwmCifarDenseNet', 'insert_concat_merges']
@@ -30,32 +31,65 @@ torch.fx.wrap('descriptor')  # torch.fx cannot follow the dtype of a proxy
 class AwmDenseLayer(DenseLayer):
     """timm's DenseLayer with a merge, none if it has a single input; made from one by `insert_concat_merges`."""
 
-    def bottleneck(self, maps: List[Tensor], descriptors: List[Tensor]) -> Tensor:
+    def bottleneck(self, maps: List[Tensor], descriptors: List[Tensor], variances: Optional[List[Tensor]]) -> Tensor:
+        if not torch.jit.is_scripting():
+            x = self.fused_norm1(maps, descriptors, variances)
+            if x is not None:
+                return self.conv1(x)
         x = maps[0] if self.merge is None else self.merge(maps, descriptors)
         return self.conv1(self.norm1(x))
 
-    def checkpointed_bottleneck(self, maps: List[Tensor], descriptors: List[Tensor]) -> Tensor:
-        num_maps = len(maps)  # now: the block appends to its lists before this is computed again
+    @torch.jit.unused
+    def fused_norm1(
+            self,
+            maps: List[Tensor],
+            descriptors: List[Tensor],
+            variances: Optional[List[Tensor]],
+    ) -> Optional[Tensor]:
+        norm = self.norm1
+        if (
+                self.merge is None
+                or type(norm) is not BatchNormAct2d
+                or type(norm.act) is not nn.ReLU
+                or type(norm.drop) is not nn.Identity
+                or has_hooks(self.merge, norm, norm.act)
+        ):
+            return None
+        return fused_concat(self.merge.mix, maps, descriptors, variances, norm, relu=True)
+
+    def checkpointed_bottleneck(
+            self,
+            maps: List[Tensor],
+            descriptors: List[Tensor],
+            variances: Optional[List[Tensor]],
+    ) -> Tensor:
+        n = len(maps)  # now: the block appends to its lists before this is computed again
 
         def closure(*tensors: Tensor) -> Tensor:
-            return self.bottleneck(list(tensors[:num_maps]), list(tensors[num_maps:]))
+            return self.bottleneck(list(tensors[:n]), list(tensors[n:2 * n]), list(tensors[2 * n:]))
 
-        return checkpoint(closure, *maps, *descriptors)
+        return checkpoint(closure, *maps, *descriptors, *(variances or []))
 
-    def forward(self, maps: List[Tensor], descriptors: List[Tensor]) -> Tensor:
+    def forward(
+            self,
+            maps: List[Tensor],
+            descriptors: List[Tensor],
+            variances: Optional[List[Tensor]] = None,
+    ) -> Tensor:
         """
         Args:
             maps: The block's input and the outputs of its earlier layers, (batch, channels[i], height, width).
             descriptors: The maps' descriptors, (batch, channels[i]).
+            variances: Their variances over pixels, of the same shapes, if they are known.
 
         Returns:
             The layer's own map, (batch, growth_rate, height, width).
         """
         # as timm does it: re-entrant checkpointing gives no gradients at all if no input requires one
         if self.grad_checkpointing and not torch.jit.is_scripting() and self.any_requires_grad(maps):
-            x = self.checkpointed_bottleneck(maps, descriptors)
+            x = self.checkpointed_bottleneck(maps, descriptors, variances)
         else:
-            x = self.bottleneck(maps, descriptors)
+            x = self.bottleneck(maps, descriptors, variances)
         x = self.conv2(self.norm2(x))
         if self.drop_rate > 0:
             x = F.dropout(x, p=self.drop_rate, training=self.training)
@@ -75,11 +109,26 @@ class AwmDenseBlock(DenseBlock):
         """
         maps: List[Tensor] = []
         descriptors: List[Tensor] = []
-        for layer in self.values():  # the layers, then the merge
-            maps.append(x)
-            descriptors.append(descriptor(x))
-            x = layer(maps, descriptors)
-        return x
+        if torch.jit.is_scripting():
+            for layer in self.values():  # the layers, then the merge
+                maps.append(x)
+                descriptors.append(descriptor(x))
+                x = layer(maps, descriptors)
+            return x
+        else:
+            *layers, merge = self.values()
+            variances: List[Tensor] = []
+            for layer in layers:
+                if self.training:
+                    x, mean, var = moments(x)
+                    if var is not None:
+                        variances.append(var)
+                else:
+                    mean = descriptor(x)
+                maps.append(x)
+                descriptors.append(mean)
+                x = layer(maps, descriptors, variances)
+            return merge([*maps, x], [*descriptors, descriptor(x)])
 
 
 def insert_concat_merges(model: nn.Module, hidden_features: int = 24) -> None:
