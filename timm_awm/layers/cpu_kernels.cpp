@@ -51,26 +51,27 @@ static void for_each_part(const Shape& s, const Work& work) {
     }
 }
 
-template <typename T, typename A>
+template <bool with_var, typename T, typename A>
 static void moments(Shape s, const T* x_, A* mean_, A* var_) {
     for_each_part(s, [&](int64_t map, int64_t coef, int64_t rows, int64_t stride, int64_t lanes) {
         const T* x = x_ + map;
-        A *mean = mean_ + coef, *var = var_ + coef;
+        A *mean = mean_ + coef, *var = with_var ? var_ + coef : mean;
         // deviations from the first pixel, for E[x²] - E[x]² loses all digits where the mean is large
         if (s.last) {
             const T* first = x;
-            for (int64_t i = 0; i < lanes; ++i) mean[i] = var[i] = 0;
+            for (int64_t i = 0; i < lanes; ++i) mean[i] = 0;
+            if (with_var) for (int64_t i = 0; i < lanes; ++i) var[i] = 0;
             for (int64_t row = 0; row < rows; ++row, x += stride) {
                 #pragma omp simd
                 for (int64_t i = 0; i < lanes; ++i) {
                     const A d = A(x[i]) - A(first[i]);
                     mean[i] += d;
-                    var[i] += d * d;
+                    if (with_var) var[i] += d * d;
                 }
             }
             for (int64_t i = 0; i < lanes; ++i) {
                 const A m = mean[i] / s.P;
-                var[i] = std::max(var[i] / s.P - m * m, A(0));
+                if (with_var) var[i] = std::max(var[i] / s.P - m * m, A(0));
                 mean[i] = A(first[i]) + m;
             }
         } else {
@@ -80,10 +81,10 @@ static void moments(Shape s, const T* x_, A* mean_, A* var_) {
             for (int64_t i = 0; i < lanes; ++i) {
                 const A d = A(x[i]) - first;
                 sum += d;
-                squares += d * d;
+                if (with_var) squares += d * d;
             }
             const A m = sum / s.P;
-            *var = std::max(squares / s.P - m * m, A(0));
+            if (with_var) *var = std::max(squares / s.P - m * m, A(0));
             *mean = first + m;
         }
     });
@@ -199,7 +200,8 @@ static void affine_act_backward(
     } while (0)
 #define EXPORT(name, T, A)                                                                                         \
     extern "C" void moments_##name(SHAPE, const T* x, A* mean, A* var) {                                           \
-        moments<T, A>({N, C, P, last != 0, threads}, x, mean, var);                                                \
+        const Shape s{N, C, P, last != 0, threads};                                                                \
+        var ? moments<true>(s, x, mean, var) : moments<false>(s, x, mean, var);                                    \
     }                                                                                                              \
     extern "C" void moments_backward_##name(SHAPE, T* grad, const T* x, const A* scale, const A* shift) {          \
         moments_backward<T, A>({N, C, P, last != 0, threads}, grad, x, scale, shift);                              \

@@ -1,22 +1,18 @@
-"""The passes over maps that a fused merge makes, for CPUs, in C++.
+"""`passes` for CPUs, in C++.
 
 The source is compiled when it is first used, by what torch.compile's own C++ backend uses (half a second, then it lies
-in torch's cache). `triton_kernels` has the same four functions.
-
-Maps are (batch, channels, height, width), float32, bfloat16 or float64, of one shape and type in a call, channels-last
-or contiguous; coefficients and results are (batch, channels), float32 (float64 for float64 maps). All is computed in
-that type, and rounded once to the maps'.
+in torch's cache). Maps are float32, bfloat16 or float64. torch.compile calls these functions as they are.
 """
 import ctypes
 import functools
 import warnings
 from pathlib import Path
-from typing import Optional, Tuple
+from typing import Any, Callable, Iterable, Optional, Tuple
 
 import torch
 from torch import Tensor
 
-__all__ = ['available', 'moments', 'moments_backward_', 'affine_act', 'affine_act_backward']
+__all__ = ['available', 'moments', 'moments_backward_', 'affine_act', 'affine_act_', 'affine_act_backward']
 
 _TYPES = {torch.float32: 'float32', torch.bfloat16: 'bfloat16', torch.float64: 'float64'}
 
@@ -38,7 +34,7 @@ def available(dtype: torch.dtype) -> bool:
     return dtype in _TYPES and _library() is not None
 
 
-def _call(name: str, x: Tensor, last: bool, *args) -> None:
+def _call(name: str, x: Tensor, *args: Any) -> None:
     batch, channels, height, width = x.shape
     pointers = [
         ctypes.c_void_p(arg.data_ptr()) if isinstance(arg, Tensor) else arg if arg is None else ctypes.c_int(arg)
@@ -46,79 +42,71 @@ def _call(name: str, x: Tensor, last: bool, *args) -> None:
     ]
     getattr(_library(), f'{name}_{_TYPES[x.dtype]}')(
         ctypes.c_int64(batch), ctypes.c_int64(channels), ctypes.c_int64(height * width),
-        ctypes.c_int(last), ctypes.c_int(torch.get_num_threads()), *pointers)
+        ctypes.c_int(not x.is_contiguous()), ctypes.c_int(torch.get_num_threads()), *pointers)
 
 
-def _same_layout(x: Tensor, *others: Optional[Tensor]) -> Tuple[bool, ...]:
-    """Whether channels come last, and the maps so laid out."""
-    last = not x.is_contiguous()
-    memory_format = torch.channels_last if last else torch.contiguous_format
-    return last, *(m if m is None else m.contiguous(memory_format=memory_format) for m in (x, *others))
+def _opaque(fake: Callable, mutates_args: Iterable[str] = ()) -> Callable[[Callable], Callable]:
+    """For a function that torch.compile calls without looking into it; fake makes results of the right shapes."""
+    def wrap(function: Callable) -> Callable:
+        op = torch.library.custom_op(f'timm_awm::cpu_{function.__name__}', function, mutates_args=mutates_args)
+        op.register_fake(fake)
+
+        @functools.wraps(function)
+        def call(*args):
+            return op(*args) if torch.compiler.is_compiling() else function(*args)  # an op takes its time to be called
+        return call
+
+    return wrap
 
 
-def _coefficients(x: Tensor) -> Tensor:
-    return x.new_empty(x.shape[:2], dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+def _sums(x: Tensor, n: int) -> Tensor:
+    return x.new_empty((n, *x.shape[:2]), dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
 
 
-def moments(x: Tensor) -> Tuple[Tensor, Tensor]:
-    """Mean and biased variance over the pixels of every image and channel.
-
-    Returns:
-        Two of (batch, channels).
-    """
-    last, x = _same_layout(x)
-    mean, var = _coefficients(x), _coefficients(x)
-    _call('moments', x, last, x, mean, var)
-    return mean, var
+def _like(x: Tensor, needed: bool) -> Tensor:
+    return torch.empty_like(x) if needed else x.new_empty(0)
 
 
-def moments_backward_(grad: Tensor, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """grad + scale · x + shift, in place if it can be."""
-    last, x, grad = _same_layout(x, grad)
-    _call('moments_backward', x, last, grad, x, scale, shift)
-    return grad
+@_opaque(lambda x, with_var: _sums(x, 1 + with_var))
+def moments(x: Tensor, with_var: bool) -> Tensor:
+    out = _sums(x, 1 + with_var)
+    _call('moments', x, x, out[0], out[1] if with_var else None)
+    return out
 
 
+@_opaque(lambda grad, x, scale, shift: None, mutates_args=('grad',))
+def moments_backward_(grad: Tensor, x: Tensor, scale: Tensor, shift: Tensor) -> None:
+    _call('moments_backward', x, grad, x, scale, shift)
+
+
+def _affine_act(u, v, a, b, c, relu, y) -> Tensor:
+    pooled = torch.empty_like(a)
+    _call('affine_act', u, int(relu), u, v, a, b, c, y, pooled)
+    return pooled
+
+
+@_opaque(lambda u, v, a, b, c, relu: (torch.empty_like(u), torch.empty_like(a)))
 def affine_act(
-        u: Tensor,
-        v: Optional[Tensor],
-        a: Tensor,
-        b: Optional[Tensor],
-        c: Tensor,
-        relu: bool,
-        inplace: bool = False,
+        u: Tensor, v: Optional[Tensor], a: Tensor, b: Optional[Tensor], c: Tensor, relu: bool,
 ) -> Tuple[Tensor, Tensor]:
-    """a · u + b · v + c, without its middle term if v is None, and a ReLU if asked for.
-
-    Returns:
-        The map y (u itself if inplace), and the mean over the pixels, before y is rounded, (batch, channels).
-    """
-    last, u, v = _same_layout(u, v)
-    y = u if inplace else torch.empty_like(u)
-    pooled = _coefficients(u)
-    _call('affine_act', u, last, int(relu), u, v, a, b, c, y, pooled)
-    return y, pooled
+    y = torch.empty_like(u)
+    return y, _affine_act(u, v, a, b, c, relu, y)
 
 
+@_opaque(lambda u, v, a, b, c, relu: torch.empty_like(a), mutates_args=('u',))
+def affine_act_(u: Tensor, v: Optional[Tensor], a: Tensor, b: Optional[Tensor], c: Tensor, relu: bool) -> Tensor:
+    return _affine_act(u, v, a, b, c, relu, u)
+
+
+@_opaque(lambda grad, grad_pooled, u, v, a, b, c, relu, need_u, need_v: (
+    _like(u, need_u), _like(u, need_v), _sums(u, 2 if v is None else 3)))
 def affine_act_backward(
-        grad: Tensor,
-        grad_pooled: Tensor,
-        u: Tensor,
-        v: Optional[Tensor],
-        a: Tensor,
-        b: Optional[Tensor],
-        c: Tensor,
-        relu: bool,
-        need_u: bool,
-        need_v: bool,
-) -> Tuple[Optional[Tensor], Optional[Tensor], Tensor, Optional[Tensor], Tensor]:
-    """Gradients of `affine_act` for those of y and of the mean: for u and v where needed, a, b (None without v) and c."""
-    last, u, v, grad = _same_layout(u, v, grad)
-    grad_u = torch.empty_like(u) if need_u else None
-    grad_v = torch.empty_like(u) if need_v else None
-    grad_a, grad_c = _coefficients(u), _coefficients(u)
-    grad_b = None if v is None else _coefficients(u)
+        grad: Tensor, grad_pooled: Optional[Tensor], u: Tensor, v: Optional[Tensor],
+        a: Tensor, b: Optional[Tensor], c: Tensor, relu: bool, need_u: bool, need_v: bool,
+) -> Tuple[Tensor, Tensor, Tensor]:
+    grad_u, grad_v, sums = _like(u, need_u), _like(u, need_v), _sums(u, 2 if v is None else 3)
     _call(
-        'affine_act_backward', u, last, int(relu), grad, grad_pooled, u, v, a, b, c, grad_u, grad_v, grad_a, grad_b,
-        grad_c)
-    return grad_u, grad_v, grad_a, grad_b, grad_c
+        'affine_act_backward', u, int(relu), grad, torch.zeros_like(a) if grad_pooled is None else grad_pooled,
+        u, v, a, b, c, grad_u if need_u else None, grad_v if need_v else None,
+        sums[0], None if v is None else sums[2], sums[1])
+    return grad_u, grad_v, sums

@@ -6,11 +6,10 @@ Of a block's tail
 
 everything but the maps u, x and y is (batch, channels) or smaller: BatchNorm's statistics follow from the means and
 variances of each image's channels, so do the descriptors of eq. 3, and the whole tail is y = relu(a · u + b · x + c) with
-coefficients for each image and channel. So four passes do: `moments`, `affine_act` and the gradients of both, in
-`cpu_kernels` and in `triton_kernels`; the rest, here, is arithmetic on small tensors.
+coefficients for each image and channel. So four `passes` do: moments, affine_act and the gradients of both; the rest,
+here, is arithmetic on small tensors.
 """
 import os
-from types import ModuleType
 from typing import Callable, List, NamedTuple, Optional, Tuple
 
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from . import passes
 from .functional import descriptor, scaled_mixing_weights
 
 __all__ = ['set_fused_merge', 'fused_merge', 'fused_concat', 'moments', 'has_hooks']
@@ -57,7 +57,7 @@ def _coefficients(scales: Tensor, paths: List[_Affine]) -> Tuple[Tensor, Tensor,
     ab, c = [], None
     for i, path in enumerate(paths):
         scale = scales[:, i:i + 1]
-        ab.append(scale.expand_as(path.mean).contiguous() if path.k is None else scale * path.k)
+        ab.append(scale.expand_as(path.mean) if path.k is None else scale * path.k)
         if path.s is not None:
             c = scale * path.s if c is None else torch.addcmul(c, scale, path.s)
     return ab[0], ab[1], torch.zeros_like(ab[0]) if c is None else c
@@ -67,10 +67,9 @@ class _FusedMerge(Function):
     """Forward and hand-derived backward of a merge of two paths, each with a BatchNorm in train mode or none."""
 
     @staticmethod
-    def forward(ctx, kernels, relu, eps, u, v, pooled, w1, w2, *norm_params):
+    def forward(ctx, relu, eps, u, v, pooled, w1, w2, *norm_params):
         """
         Args:
-            kernels: Module of the four passes.
             relu: Whether a ReLU follows.
             eps: Those of the BatchNorms of the two paths, None where there is none.
             u, v: Raw maps of the paths, (batch, channels, height, width).
@@ -84,11 +83,11 @@ class _FusedMerge(Function):
         paths, saved, batch_statistics = [], [], []
         for x, e, weight, bias, mean in zip((u, v), eps, norm_params[::2], norm_params[1::2], (None, pooled)):
             if e is None:
-                paths.append(_Affine(descriptor(x) if mean is None else mean))
+                paths.append(_Affine(passes.mean(x) if mean is None else mean))
                 saved += [None, None]
                 batch_statistics += [None, None]
             else:
-                mean, var = kernels.moments(x)
+                mean, var = passes.moments(x)
                 mu = mean.mean(0)
                 deviation = mean - mu
                 var = var.addcmul_(deviation, deviation).mean(0)
@@ -103,8 +102,8 @@ class _FusedMerge(Function):
             logits = hidden @ w2.t()
         scales = scaled_mixing_weights(logits)
         a, b, c = _coefficients(scales, paths)
-        y, y_pooled = kernels.affine_act(u, v, a, b, c, relu)
-        ctx.kernels, ctx.relu, ctx.has_pooled = kernels, relu, pooled is not None
+        y, y_pooled = passes.affine_act(u, v, a, b, c, relu)
+        ctx.relu, ctx.has_pooled = relu, pooled is not None
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*(t for t in batch_statistics if t is not None))
         ctx.save_for_backward(
@@ -119,12 +118,11 @@ class _FusedMerge(Function):
         norms = (rest[0:2], rest[2:4])
         paths = (_Affine(*rest[4:7]), _Affine(*rest[7:10]))
         need = dict(zip(('u', 'v', 'pooled', 'w1', 'w2', 'weight_u', 'bias_u', 'weight_v', 'bias_v'),
-                        ctx.needs_input_grad[3:]))
+                        ctx.needs_input_grad[2:]))
         pixels = u.shape[2] * u.shape[3]
         if grad is None:
             grad = torch.zeros_like(u)
-        grad_pooled = torch.zeros_like(a) if grad_pooled is None else grad_pooled.contiguous()
-        grad_u, grad_v, grad_a, grad_b, grad_c = ctx.kernels.affine_act_backward(
+        grad_u, grad_v, grad_a, grad_b, grad_c = passes.affine_act_backward(
             grad, grad_pooled, u, v, a, b, c, ctx.relu, need['u'], need['v'])
 
         # through the coefficients to n λ, times n λ: all that the logits need, and no small λ is divided by
@@ -150,7 +148,7 @@ class _FusedMerge(Function):
             if path.k is None:
                 grad_weight = grad_bias = None
                 if grad_x is not None and not descriptor_known:
-                    grad_x = ctx.kernels.moments_backward_(grad_x, x, torch.zeros_like(a), grad_mean / pixels)
+                    grad_x = passes.moments_backward_(grad_x, x, torch.zeros_like(a), grad_mean / pixels)
             else:
                 # s = bias - mu k, k = weight invstd; z = mean k + s
                 grad_bias = torch.addcmul(grad_mean, grad_c, scale).sum(0)
@@ -160,33 +158,25 @@ class _FusedMerge(Function):
                     # the variance's gradient acts on x - mu, the mean's on all alike
                     q = grad_k * weight * invstd.pow(3) / -(len(x) * pixels)
                     shift = torch.addcmul(-(path.k * grad_bias / len(x)), grad_mean, path.k) / pixels - q * mu
-                    grad_x = ctx.kernels.moments_backward_(grad_x, x, q.expand_as(a).contiguous(), shift)
+                    grad_x = passes.moments_backward_(grad_x, x, q.expand_as(a), shift)
             grads.append((grad_x, grad_mean if descriptor_known else None, grad_weight, grad_bias))
         (grad_u, _, grad_weight_u, grad_bias_u), (grad_v, grad_known, grad_weight_v, grad_bias_v) = grads
         return (
-            None, None, None, grad_u, grad_v, grad_known, grad_w1, grad_w2, grad_weight_u, grad_bias_u, grad_weight_v,
+            None, None, grad_u, grad_v, grad_known, grad_w1, grad_w2, grad_weight_u, grad_bias_u, grad_weight_v,
             grad_bias_v)
 
 
-def _kernels(x: Tensor) -> Optional[ModuleType]:
-    """The passes for a map, None where there are none."""
+def _can_fuse(x: Tensor) -> bool:
     # what traces or transforms a network sees the plain formula, and so does every tensor that is not just one
-    if (
-            not _enabled
-            or type(x) is not Tensor
-            or torch.compiler.is_compiling()
-            or torch.jit.is_tracing()
-            or torch._C._are_functorch_transforms_active()
-            or x.numel() == 0
-    ):
-        return None
-    if x.device.type == 'cpu':
-        from . import cpu_kernels
-        return cpu_kernels if cpu_kernels.available(x.dtype) else None
-    if x.device.type == 'cuda' and _experimental and torch.version.cuda:
-        from . import triton_kernels
-        return triton_kernels if x.dtype in (torch.float32, torch.bfloat16, torch.float16) else None
-    return None
+    return (
+        _enabled
+        and type(x) is Tensor
+        and not torch.jit.is_tracing()
+        and not torch._C._are_functorch_transforms_active()
+        and x.numel() > 0
+        and (not x.is_cuda or _experimental)
+        and passes.available(x)
+    )
 
 
 def has_hooks(*modules: Optional[nn.Module]) -> bool:
@@ -239,8 +229,7 @@ def fused_merge(
         The merged map and its mean over its pixels, (batch, channels); or None, with nothing done, where it cannot be
         fused.
     """
-    kernels = _kernels(u)
-    if kernels is None:
+    if not _can_fuse(u):
         return None
     norms = [norm, shortcut_norm]
     params = [mix.weight1, mix.weight2] + [p for m in norms if m is not None for p in (m.weight, m.bias)]
@@ -262,7 +251,7 @@ def fused_merge(
             return None  # torch's own error
         norm_params = [None if m is None else p for m in norms for p in (m and m.weight, m and m.bias)]
         y, y_pooled, *statistics = _FusedMerge.apply(
-            kernels, relu, [m and m.eps for m in norms], u, v, pooled, mix.weight1, mix.weight2, *norm_params)
+            relu, [m and m.eps for m in norms], u, v, pooled, mix.weight1, mix.weight2, *norm_params)
         for m, mu, var in zip(norms, statistics[::2], statistics[1::2]):
             if m is not None:
                 _update_running(m, mu, var, count)
@@ -271,23 +260,22 @@ def fused_merge(
         return None
     paths = []
     for x, m, known in ((u, norm, mean and mean()), (v, shortcut_norm, pooled)):
-        known = descriptor(x) if known is None else known
+        known = passes.mean(x) if known is None else known
         if m is None:
             paths.append(_Affine(known))
         else:
             k = m.weight * (m.running_var + m.eps).rsqrt()
             paths.append(_Affine(known, k, torch.addcmul(m.bias, m.running_mean, k, value=-1)))
     scales = mix(torch.cat([path.descriptor() for path in paths], dim=1))
-    return kernels.affine_act(u, v, *_coefficients(scales, paths), relu, inplace)
+    return (passes.affine_act_ if inplace else passes.affine_act)(u, v, *_coefficients(scales, paths), relu)
 
 
 class _Moments(Function):
     """Mean and biased variance over pixels, and the map itself, whose gradient then waits for theirs."""
 
     @staticmethod
-    def forward(ctx, kernels, x):
-        mean, var = kernels.moments(x)
-        ctx.kernels = kernels
+    def forward(ctx, x):
+        mean, var = passes.moments(x)
         ctx.save_for_backward(x, mean)
         return x.view_as(x), mean, var
 
@@ -297,41 +285,43 @@ class _Moments(Function):
         x, mean = ctx.saved_tensors
         pixels = x.shape[2] * x.shape[3]
         scale = grad_var * (2 / pixels)
-        return None, ctx.kernels.moments_backward_(grad, x, scale, grad_mean / pixels - scale * mean)
+        return passes.moments_backward_(grad, x, scale, grad_mean / pixels - scale * mean)
 
 
 class _AffineAct(Function):
     """a · x + c and a ReLU if asked for."""
 
     @staticmethod
-    def forward(ctx, kernels, relu, x, a, c):
-        ctx.kernels, ctx.relu = kernels, relu
+    def forward(ctx, relu, x, a, c):
+        ctx.relu = relu
         ctx.save_for_backward(x, a, c)
-        return kernels.affine_act(x, None, a, None, c, relu)[0]
+        return passes.affine_act(x, None, a, None, c, relu)[0]
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         x, a, c = ctx.saved_tensors
-        grad_x, _, grad_a, _, grad_c = ctx.kernels.affine_act_backward(
-            grad, torch.zeros_like(a), x, None, a, None, c, ctx.relu, ctx.needs_input_grad[2], False)
-        return None, None, grad_x, grad_a, grad_c
+        grad_x, _, grad_a, _, grad_c = passes.affine_act_backward(
+            grad, None, x, None, a, None, c, ctx.relu, ctx.needs_input_grad[1], False)
+        return None, grad_x, grad_a, grad_c
 
 
-def moments(x: Tensor) -> Tuple[Tensor, Tensor, Optional[Tensor]]:
+def moments(x: Tensor, variance: bool) -> Tuple[Tensor, Tensor, Optional[Tensor]]:
     """What a dense block keeps of a map, read once when it is made.
 
     Args:
         x: (batch, channels, height, width).
+        variance: Whether batch statistics are to follow from it.
 
     Returns:
-        The map, to be used from now on; its `descriptor`, and its biased variance over pixels, both (batch, channels). The
-        variance is None where it cannot be had by the way.
+        The map, to be used from now on; its `descriptor`, and its biased variance over pixels, both (batch, channels),
+        None where it is not asked for or cannot be had by the way.
     """
-    kernels = _kernels(x)
-    if kernels is None:
+    if not _can_fuse(x) or not variance and torch.is_grad_enabled():
         return x, descriptor(x), None
-    return _Moments.apply(kernels, x)
+    if not variance:
+        return x, passes.mean(x), None
+    return _Moments.apply(x)
 
 
 def fused_concat(
@@ -355,8 +345,7 @@ def fused_concat(
     Returns:
         (batch, sum of channels, height, width), or None, with nothing done, where it cannot be fused.
     """
-    kernels = _kernels(maps[0])
-    if kernels is None:
+    if not _can_fuse(maps[0]):
         return None
     batch_stats = norm is not None and (norm.training or norm.running_mean is None)
     count = maps[0][:, 0].numel()
@@ -382,9 +371,9 @@ def fused_concat(
             var = (a.square() * torch.cat(variances, dim=1) + (weighted - mu).square()).mean(0)
             _update_running(norm, mu.detach(), var.detach(), count)
         k = norm.weight * (var + norm.eps).rsqrt()
-        c = (norm.bias - mu * k).expand_as(a).contiguous()
+        c = (norm.bias - mu * k).expand_as(a)
         a = a * k
     x = torch.cat(maps, dim=1)
     if torch.is_grad_enabled():
-        return _AffineAct.apply(kernels, relu, x, a, c)
-    return kernels.affine_act(x, None, a, None, c, relu, inplace=len(maps) > 1)[0]
+        return _AffineAct.apply(relu, x, a, c)
+    return passes.affine_act_(x, None, a, None, c, relu)[0]  # x is new

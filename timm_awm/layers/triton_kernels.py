@@ -1,11 +1,7 @@
-"""Triton kernels of the merges: each reads its maps once and writes its result once, whatever the layout.
+"""`passes` for NVIDIA GPUs, in Triton: each reads its maps once and writes its result once, whatever the layout.
 
-A map is (batch, channels, height, width), float32, bfloat16 or float16, channels-last or contiguous; maps given
-together have one shape, dtype and device, and are brought into the memory format of the first. Coefficients and results
-per image and channel are (batch, channels), float32. All arithmetic is in float32 and rounded once, to the dtype of
-the maps. Sums are taken in a fixed order, without atomics: they are the same in every run.
-
-No function here knows autograd. All are `torch.library.triton_op`s: torch.compile sees through them to the kernels.
+Maps are float32, bfloat16 or float16; all arithmetic is in float32. Sums are taken in a fixed order, without atomics:
+they are the same in every run. All are `torch.library.triton_op`s: torch.compile sees through them to the kernels.
 
 A program computes a block of channels of one image, in tiles of pixels × channels. The strides say which of the two is
 contiguous, and Triton lays the threads out along it. Where there would be too few programs to fill a GPU, several
@@ -20,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-__all__ = ['moments', 'moments_backward_', 'affine_act', 'affine_act_backward']
+__all__ = ['moments', 'moments_backward_', 'affine_act', 'affine_act_', 'affine_act_backward']
 
 
 @triton.jit
@@ -215,14 +211,8 @@ def _device(x: Tensor) -> ContextManager:
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
-def _uniform(first: Tensor, *others: Optional[Tensor]) -> Tuple[Any, ...]:
-    """All maps in the memory format of the first, channels-last if that is neither."""
-    memory_format = torch.contiguous_format if first.is_contiguous() else torch.channels_last
-    return tuple(x if x is None else x.contiguous(memory_format=memory_format) for x in (first, *others))
-
-
 @triton_op('timm_awm::moments', mutates_args=())
-def _moments(x: Tensor) -> Tensor:
+def moments(x: Tensor, with_var: bool) -> Tensor:
     grid, splits, plan = _plan(x)
     partial = x.new_empty((2, splits, *x.shape[:2]), dtype=torch.float32)
     with _device(x):
@@ -239,27 +229,37 @@ def _moments(x: Tensor) -> Tensor:
 
 
 @triton_op('timm_awm::moments_backward_', mutates_args={'grad'})
-def _moments_backward_(grad: Tensor, x: Tensor, scale: Tensor, shift: Tensor) -> None:
+def moments_backward_(grad: Tensor, x: Tensor, scale: Tensor, shift: Tensor) -> None:
     grid, _, plan = _plan(grad)
     with _device(grad):
         wrap_triton(_moments_backward_kernel)[grid](grad, x, scale, shift, **plan)
 
 
-@triton_op('timm_awm::affine_act', mutates_args=())
-def _affine_act(
-        u: Tensor, v: Optional[Tensor], a: Tensor, b: Optional[Tensor], c: Tensor, relu: bool,
-) -> Tuple[Tensor, Tensor]:
+def _affine_act(u, v, a, b, c, relu, y) -> Tensor:
     grid, splits, plan = _plan(u)
-    y, partial = torch.empty_like(u), a.new_empty((splits, *a.shape))
+    partial = a.new_empty((splits, *a.shape))
     with _device(u):
         wrap_triton(_affine_act_kernel)[grid](
             u, u if v is None else v, a, a if b is None else b, c, y, partial, **plan, HAS_V=v is not None, RELU=relu,
         )
-    return y, partial[0] if splits == 1 else partial.sum(0)
+    return partial[0] if splits == 1 else partial.sum(0)
+
+
+@triton_op('timm_awm::affine_act', mutates_args=())
+def affine_act(
+        u: Tensor, v: Optional[Tensor], a: Tensor, b: Optional[Tensor], c: Tensor, relu: bool,
+) -> Tuple[Tensor, Tensor]:
+    y = torch.empty_like(u)
+    return y, _affine_act(u, v, a, b, c, relu, y)
+
+
+@triton_op('timm_awm::affine_act_', mutates_args={'u'})
+def affine_act_(u: Tensor, v: Optional[Tensor], a: Tensor, b: Optional[Tensor], c: Tensor, relu: bool) -> Tensor:
+    return _affine_act(u, v, a, b, c, relu, u)
 
 
 @triton_op('timm_awm::affine_act_backward', mutates_args=())
-def _affine_act_backward(
+def affine_act_backward(
         grad: Optional[Tensor], grad_pooled: Optional[Tensor], u: Tensor, v: Optional[Tensor],
         a: Tensor, b: Optional[Tensor], c: Tensor, relu: bool, need_u: bool, need_v: bool,
 ) -> Tuple[Tensor, Tensor, Tensor]:
@@ -275,79 +275,3 @@ def _affine_act_backward(
             NEED_U=need_u, NEED_V=need_v,
         )
     return grad_u, grad_v, partial[:, 0] if splits == 1 else partial.sum(1)
-
-
-def moments(x: Tensor) -> Tuple[Tensor, Tensor]:
-    """Mean and biased variance of every channel of every image.
-
-    Args:
-        x: (batch, channels, height, width).
-
-    Returns:
-        The two, (batch, channels), float32.
-    """
-    mean, var = _moments(*_uniform(x)).unbind()
-    return mean, var
-
-
-def moments_backward_(grad: Tensor, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """grad += scale · x + shift, in place.
-
-    Args:
-        grad: (batch, channels, height, width).
-        x: In shape and dtype like grad.
-        scale: (batch, channels), float32.
-        shift: Likewise.
-
-    Returns:
-        grad
-    """
-    dense, x = _uniform(grad, x)
-    _moments_backward_(dense, x, scale.contiguous(), shift.contiguous())
-    return grad if dense is grad else grad.copy_(dense)
-
-
-def affine_act(
-        u: Tensor, v: Optional[Tensor], a: Tensor, b: Optional[Tensor], c: Tensor, relu: bool,
-) -> Tuple[Tensor, Tensor]:
-    """y = act(a · u + (b · v + c)), and its mean over height and width.
-
-    Args:
-        u: (batch, channels, height, width).
-        v: In shape and dtype like u, or None for y = act(a · u + c).
-        a: (batch, channels), float32.
-        b: Likewise, None if v is.
-        c: Likewise.
-        relu: act is ReLU, otherwise the identity.
-
-    Returns:
-        y, in shape and dtype like u, and the mean of y before its rounding, (batch, channels), float32.
-    """
-    u, v = _uniform(u, v)
-    return _affine_act(u, v, a.contiguous(), b if b is None else b.contiguous(), c.contiguous(), relu)
-
-
-def affine_act_backward(
-        grad: Optional[Tensor], grad_pooled: Optional[Tensor], u: Tensor, v: Optional[Tensor],
-        a: Tensor, b: Optional[Tensor], c: Tensor, relu: bool, need_u: bool, need_v: bool,
-) -> Tuple[Optional[Tensor], Optional[Tensor], Tensor, Optional[Tensor], Tensor]:
-    """The gradients of affine_act with respect to u, v, a, b and c.
-
-    Args:
-        grad: Gradient of y, (batch, channels, height, width); None is 0.
-        grad_pooled: Gradient of the means, (batch, channels), float32; None is 0.
-        u: The arguments of affine_act, as are v, a, b, c and relu.
-        need_u: The gradient of u is computed, otherwise None.
-        need_v: That of v, likewise.
-
-    Returns:
-        The five, each in shape and dtype like what it is the gradient of; None for v and b if there are none.
-    """
-    u, v, grad = _uniform(u, v, grad)
-    need_v = need_v and v is not None
-    grad_u, grad_v, sums = _affine_act_backward(
-        grad, grad_pooled if grad_pooled is None else grad_pooled.contiguous(), u, v,
-        a.contiguous(), b if b is None else b.contiguous(), c.contiguous(), relu, need_u, need_v,
-    )
-    grad_b = None if v is None else sums[2]
-    return grad_u if need_u else None, grad_v if need_v else None, sums[0], grad_b, sums[1]

@@ -119,16 +119,14 @@ class AwmDenseBlock(DenseBlock):
             *layers, merge = self.values()
             variances: List[Tensor] = []
             for layer in layers:
-                if self.training:
-                    x, mean, var = moments(x)
-                    if var is not None:
-                        variances.append(var)
-                else:
-                    mean = descriptor(x)
+                x, mean, var = moments(x, variance=self.training)
                 maps.append(x)
                 descriptors.append(mean)
+                if var is not None:
+                    variances.append(var)
                 x = layer(maps, descriptors, variances)
-            return merge([*maps, x], [*descriptors, descriptor(x)])
+            x, mean, _ = moments(x, variance=self.training)
+            return merge([*maps, x], [*descriptors, mean])
 
 
 def insert_concat_merges(model: nn.Module, hidden_features: int = 24) -> None:
