@@ -29,6 +29,7 @@ def _library() -> Optional[ctypes.CDLL]:
         return None
 
 
+@torch.compiler.assume_constant_result
 def available(dtype: torch.dtype) -> bool:
     """Whether there are kernels for maps of this type; warns once if there is no compiler."""
     return dtype in _TYPES and _library() is not None

@@ -78,14 +78,13 @@ class _FusedMerge(Function):
             norm_params: Weight and bias of the BatchNorm of u, of v; None where there is none.
 
         Returns:
-            The merged map, its mean over pixels, and mean and biased variance over the batch, of u and v.
+            The merged map, its mean over pixels, and the batch statistics, mean and biased variance, of each BatchNorm.
         """
         paths, saved, batch_statistics = [], [], []
         for x, e, weight, bias, mean in zip((u, v), eps, norm_params[::2], norm_params[1::2], (None, pooled)):
             if e is None:
                 paths.append(_Affine(passes.mean(x) if mean is None else mean))
                 saved += [None, None]
-                batch_statistics += [None, None]
             else:
                 mean, var = passes.moments(x)
                 mu = mean.mean(0)
@@ -104,8 +103,7 @@ class _FusedMerge(Function):
         a, b, c = _coefficients(scales, paths)
         y, y_pooled = passes.affine_act(u, v, a, b, c, relu)
         ctx.relu, ctx.has_pooled = relu, pooled is not None
-        ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*(t for t in batch_statistics if t is not None))
+        ctx.mark_non_differentiable(*batch_statistics)
         ctx.save_for_backward(
             u, v, a, b, c, w1, w2, z, hidden, logits, scales, *norm_params[::2], *saved,
             *(t for path in paths for t in path))
@@ -120,8 +118,6 @@ class _FusedMerge(Function):
         need = dict(zip(('u', 'v', 'pooled', 'w1', 'w2', 'weight_u', 'bias_u', 'weight_v', 'bias_v'),
                         ctx.needs_input_grad[2:]))
         pixels = u.shape[2] * u.shape[3]
-        if grad is None:
-            grad = torch.zeros_like(u)
         grad_u, grad_v, grad_a, grad_b, grad_c = passes.affine_act_backward(
             grad, grad_pooled, u, v, a, b, c, ctx.relu, need['u'], need['v'])
 
@@ -252,9 +248,8 @@ def fused_merge(
         norm_params = [None if m is None else p for m in norms for p in (m and m.weight, m and m.bias)]
         y, y_pooled, *statistics = _FusedMerge.apply(
             relu, [m and m.eps for m in norms], u, v, pooled, mix.weight1, mix.weight2, *norm_params)
-        for m, mu, var in zip(norms, statistics[::2], statistics[1::2]):
-            if m is not None:
-                _update_running(m, mu, var, count)
+        for m, mu, var in zip([m for m in norms if m is not None], statistics[::2], statistics[1::2]):
+            _update_running(m, mu, var, count)
         return y, y_pooled
     if needs_grad or any(batch_stats):
         return None
