@@ -1,4 +1,7 @@
+import pytest
 import torch
+
+from timm_awm.layers import set_fused_merge
 
 torch.set_num_threads(1)  # the tests run side by side, and their networks are small
 

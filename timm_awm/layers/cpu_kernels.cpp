@@ -7,8 +7,10 @@
 #pragma GCC optimize("tree-loop-vectorize")  // torch.compile, which vectorises by itself, switches it off
 #endif
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <vector>
 
 struct bfloat16 {
     uint16_t bits;
@@ -51,41 +53,66 @@ static void for_each_part(const Shape& s, const Work& work) {
     }
 }
 
+// Channels last, sums are made of those of BLOCK rows, for their errors grow with the number of terms. At the end of a
+// block its sum is added to the total, and cleared; the last becomes the total.
+constexpr int64_t BLOCK = 128;
+
+template <typename A>
+static inline void end_block(A* sum, A* total, int64_t lanes, bool last) {
+    #pragma omp simd
+    for (int64_t i = 0; i < lanes; ++i) {
+        total[i] += sum[i];
+        sum[i] = last ? total[i] : A(0);
+    }
+}
+
+// Of deviations, for E[x²] - E[x]² loses all digits where the mean is large; from a mean and not from one pixel, for that
+// may be an outlier.
 template <bool with_var, typename T, typename A>
 static void moments(Shape s, const T* x_, A* mean_, A* var_) {
+    const int64_t step = std::max<int64_t>(1, std::min<int64_t>(s.P, 4 * std::sqrt(s.P)));
     for_each_part(s, [&](int64_t map, int64_t coef, int64_t rows, int64_t stride, int64_t lanes) {
         const T* x = x_ + map;
-        A *mean = mean_ + coef, *var = with_var ? var_ + coef : mean;
-        // deviations from the first pixel, for E[x²] - E[x]² loses all digits where the mean is large
+        A *mean = mean_ + coef, *var = with_var ? var_ + coef : nullptr;
         if (s.last) {
-            const T* first = x;
+            // from the mean so far, that of 1, 16, 144 ... pixels
+            std::vector<A> so_far(lanes), squares(with_var ? lanes : 0);
+            A *m = so_far.data(), *total = squares.data();
             for (int64_t i = 0; i < lanes; ++i) mean[i] = 0;
             if (with_var) for (int64_t i = 0; i < lanes; ++i) var[i] = 0;
-            for (int64_t row = 0; row < rows; ++row, x += stride) {
+            for (int64_t start = 0, end; start < rows; start = end) {
+                end = std::min(rows, start + std::min(std::max<int64_t>(15 * start, 1), BLOCK));
+                for (int64_t row = start; row < end; ++row, x += stride) {
+                    #pragma omp simd
+                    for (int64_t i = 0; i < lanes; ++i) {
+                        const A d = A(x[i]) - m[i];
+                        mean[i] += d;
+                        if (with_var) var[i] += d * d;
+                    }
+                }
                 #pragma omp simd
                 for (int64_t i = 0; i < lanes; ++i) {
-                    const A d = A(x[i]) - A(first[i]);
-                    mean[i] += d;
-                    if (with_var) var[i] += d * d;
+                    const A change = mean[i] / end;
+                    m[i] += change;
+                    if (with_var) total[i] += var[i] - mean[i] * change;
+                    mean[i] = end == rows ? m[i] : A(0);
+                    if (with_var) var[i] = end == rows ? std::max(total[i] / rows, A(0)) : A(0);
                 }
             }
-            for (int64_t i = 0; i < lanes; ++i) {
-                const A m = mean[i] / s.P;
-                if (with_var) var[i] = std::max(var[i] / s.P - m * m, A(0));
-                mean[i] = A(first[i]) + m;
-            }
         } else {
-            const A first = x[0];
-            A sum = 0, squares = 0;
+            // from the mean of a few pixels
+            A m = 0, sum = 0, squares = 0;
+            for (int64_t i = step / 2; i < lanes; i += step) m += A(x[i]);
+            m /= (lanes - step / 2 + step - 1) / step;
             #pragma omp simd reduction(+ : sum, squares)
             for (int64_t i = 0; i < lanes; ++i) {
-                const A d = A(x[i]) - first;
+                const A d = A(x[i]) - m;
                 sum += d;
                 if (with_var) squares += d * d;
             }
-            const A m = sum / s.P;
-            if (with_var) *var = std::max(squares / s.P - m * m, A(0));
-            *mean = first + m;
+            const A rest = sum / lanes;
+            if (with_var) *var = std::max(squares / lanes - rest * rest, A(0));
+            *mean = m + rest;
         }
     });
 }
@@ -127,10 +154,12 @@ static void affine_act(Shape s, const T* u_, const T* v_, const A* a_, const A* 
             return r;
         };
         if (s.last) {
+            std::vector<A> total(lanes);
             for (int64_t i = 0; i < lanes; ++i) pooled[i] = 0;
-            for (int64_t row = 0; row < rows; ++row, u += stride, v += stride, y += stride) {
+            for (int64_t row = 1; row <= rows; ++row, u += stride, v += stride, y += stride) {
                 #pragma omp simd
                 for (int64_t i = 0; i < lanes; ++i) pooled[i] += element(i, a[i], b[i], c[i]);
+                if (row % BLOCK == 0 || row == rows) end_block(pooled, total.data(), lanes, row == rows);
             }
             for (int64_t i = 0; i < lanes; ++i) pooled[i] /= s.P;
         } else {
@@ -157,9 +186,10 @@ static void affine_act_backward(
             return relu && t <= 0 ? A(0) : A(grad[i]) + mean;
         };
         if (s.last) {
+            std::vector<A> total_a(lanes), total_b(two ? lanes : 0), total_c(lanes);
             for (int64_t i = 0; i < lanes; ++i) grad_a[i] = grad_c[i] = 0;
             if (two) for (int64_t i = 0; i < lanes; ++i) grad_b[i] = 0;
-            for (int64_t row = 0; row < rows; ++row, grad += stride, u += stride, v += stride) {
+            for (int64_t row = 1; row <= rows; ++row, grad += stride, u += stride, v += stride) {
                 #pragma omp simd
                 for (int64_t i = 0; i < lanes; ++i) {
                     const A g = masked(i, a[i], b[i], c[i], grad_pooled[i] / s.P);
@@ -171,6 +201,11 @@ static void affine_act_backward(
                 }
                 if (grad_u_) grad_u += stride;
                 if (grad_v_) grad_v += stride;
+                if (row % BLOCK == 0 || row == rows) {
+                    end_block(grad_a, total_a.data(), lanes, row == rows);
+                    end_block(grad_c, total_c.data(), lanes, row == rows);
+                    if (two) end_block(grad_b, total_b.data(), lanes, row == rows);
+                }
             }
         } else {
             const A a0 = *a, b0 = *b, c0 = *c, mean = *grad_pooled / s.P;

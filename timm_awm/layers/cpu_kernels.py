@@ -24,8 +24,8 @@ def _library() -> Optional[ctypes.CDLL]:
         return CppCodeCache.load(Path(__file__).with_name('cpu_kernels.cpp').read_text())
     except Exception as error:
         warnings.warn(
-            f'Without a C++ compiler the merges run slower, unfused: {type(error).__name__}: {str(error).strip()[:300]} '
-            '(install g++ or clang, or set TIMM_AWM_FUSED=0 to silence this).')
+            'Without a C++ compiler the merges run slower, unfused; install g++ or clang, or set TIMM_AWM_FUSED=0 to '
+            f'silence this. {type(error).__name__}: {str(error).strip()[:300]}', stacklevel=2)
         return None
 
 

@@ -5,34 +5,40 @@ Of a block's tail
     y = relu(n λ1 · BatchNorm(u) + n λ2 · x)
 
 everything but the maps u, x and y is (batch, channels) or smaller: BatchNorm's statistics follow from the means and
-variances of each image's channels, so do the descriptors of eq. 3, and the whole tail is y = relu(a · u + b · x + c) with
-coefficients for each image and channel. So four `passes` do: moments, affine_act and the gradients of both; the rest,
-here, is arithmetic on small tensors.
+variances of each image's channels, so do the descriptors of eq. 3, and the whole tail is y = relu(a · u + b · x + c),
+with coefficients for each image and channel. So four `passes` do: moments, affine_act and the gradients of both; the
+rest, here, is arithmetic on small tensors.
 """
+import functools
 import os
 from typing import Callable, List, NamedTuple, Optional, Tuple
 
 import torch
+import torch.fx
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd import Function
-from torch.autograd.function import once_differentiable
+from torch.autograd import Function, forward_ad
 
 from . import passes
-from .functional import descriptor, scaled_mixing_weights
+from .functional import descriptor, mixing_logits, scaled_mixing_weights, weighted_sum
 
 __all__ = ['set_fused_merge', 'fused_merge', 'fused_concat', 'moments', 'has_hooks']
 
+torch.fx.wrap('descriptor')  # torch.fx cannot follow the dtype of a proxy
+
 _enabled = os.environ.get('TIMM_AWM_FUSED', '1') != '0'
 _experimental = os.environ.get('TIMM_AWM_FUSED', '1') == '2'
+_is_exporting = getattr(torch.compiler, 'is_exporting', torch.compiler.is_compiling)  # torch 2.6 cannot tell them apart
 
 
 def set_fused_merge(enable: bool = True, experimental: bool = False) -> None:
-    """Switch the fused merges on or off, for the whole process; the environment variable TIMM_AWM_FUSED (0: off, 1: on,
-    2: experimental too) says how it starts.
+    """Switch the fused merges on or off, for the whole process.
 
-    Off, a merge is computed by the plain formula, and an AWM network at the identity start gives bit for bit the output of
-    the plain network; on, it differs by the rounding of floating point. Where a fused merge cannot be used, the plain
-    formula is.
+    The environment variable TIMM_AWM_FUSED (0: off, 1: on, 2: experimental too) says how it starts.
+
+    Off, a merge is computed by the plain formula, and an AWM network at the identity start gives bit for bit the output
+    of the plain network; on, it differs by the rounding of floating point. Merges that cannot be fused are computed by
+    the plain formula anyway.
 
     Args:
         enable: Fuse on CPUs, where a C++ compiler is found.
@@ -42,6 +48,28 @@ def set_fused_merge(enable: bool = True, experimental: bool = False) -> None:
     _enabled, _experimental = enable, enable and experimental
 
 
+def _by_plain_formula(plain: Callable) -> Callable[[Callable], Callable]:
+    """Where the backward pass is itself to be differentiated (create_graph=True), lets autograd do it, by the plain formula.
+
+    That takes the inputs of the function: the constants in ctx.constants, then the tensors that were saved first.
+    """
+    def wrap(backward: Callable) -> Callable:
+        @functools.wraps(backward)
+        def wrapper(ctx, *grads):
+            if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+                return backward(ctx, *grads)
+            need = ctx.needs_input_grad[len(ctx.constants):]
+            # aliases, for one input may be computed from another
+            inputs = [x if x is None else x.view_as(x) for x in ctx.saved_tensors[:len(need)]]
+            outputs = plain(*ctx.constants, *inputs)
+            results = iter(torch.autograd.grad(
+                outputs, [x for x, n in zip(inputs, need) if n], grads[:len(outputs)], create_graph=True,
+                allow_unused=True))
+            return *(None for _ in ctx.constants), *(next(results) if n else None for n in need)
+        return wrapper
+    return wrap
+
+
 class _Affine(NamedTuple):
     """A path k · x + s of a raw map x; k and s, (channels,), are those of a BatchNorm, None if there is none."""
     mean: Tensor  # of x over pixels, (batch, channels)
@@ -49,7 +77,7 @@ class _Affine(NamedTuple):
     s: Optional[Tensor] = None
 
     def descriptor(self) -> Tensor:
-        return self.mean if self.k is None else torch.addcmul(self.s, self.mean, self.k)
+        return self.mean if self.k is None or self.s is None else torch.addcmul(self.s, self.mean, self.k)
 
 
 def _coefficients(scales: Tensor, paths: List[_Affine]) -> Tuple[Tensor, Tensor, Tensor]:
@@ -61,6 +89,16 @@ def _coefficients(scales: Tensor, paths: List[_Affine]) -> Tuple[Tensor, Tensor,
         if path.s is not None:
             c = scale * path.s if c is None else torch.addcmul(c, scale, path.s)
     return ab[0], ab[1], torch.zeros_like(ab[0]) if c is None else c
+
+
+def _plain_merge(relu, eps, u, v, pooled, w1, w2, *norm_params):
+    branch, shortcut = (
+        x if e is None else F.batch_norm(x, None, None, weight, bias, training=True, eps=e)
+        for x, e, weight, bias in zip((u, v), eps, norm_params[::2], norm_params[1::2]))
+    z = torch.cat([descriptor(branch), descriptor(shortcut) if pooled is None else pooled], dim=1)
+    y = weighted_sum(branch, shortcut, scaled_mixing_weights(mixing_logits(z, w1, w2)))
+    y = y.relu() if relu else y
+    return y, descriptor(y)
 
 
 class _FusedMerge(Function):
@@ -102,24 +140,24 @@ class _FusedMerge(Function):
         scales = scaled_mixing_weights(logits)
         a, b, c = _coefficients(scales, paths)
         y, y_pooled = passes.affine_act(u, v, a, b, c, relu)
-        ctx.relu, ctx.has_pooled = relu, pooled is not None
+        ctx.constants = relu, eps
         ctx.mark_non_differentiable(*batch_statistics)
         ctx.save_for_backward(
-            u, v, a, b, c, w1, w2, z, hidden, logits, scales, *norm_params[::2], *saved,
+            u, v, pooled, w1, w2, *norm_params, a, b, c, z, hidden, logits, scales, *saved,
             *(t for path in paths for t in path))
         return y, y_pooled, *batch_statistics
 
     @staticmethod
-    @once_differentiable
+    @_by_plain_formula(_plain_merge)
     def backward(ctx, grad, grad_pooled, *_):
-        u, v, a, b, c, w1, w2, z, hidden, logits, scales, weight_u, weight_v, *rest = ctx.saved_tensors
+        (u, v, pooled, w1, w2, weight_u, _, weight_v, _, a, b, c, z, hidden, logits, scales, *rest) = ctx.saved_tensors
         norms = (rest[0:2], rest[2:4])
         paths = (_Affine(*rest[4:7]), _Affine(*rest[7:10]))
         need = dict(zip(('u', 'v', 'pooled', 'w1', 'w2', 'weight_u', 'bias_u', 'weight_v', 'bias_v'),
                         ctx.needs_input_grad[2:]))
         pixels = u.shape[2] * u.shape[3]
         grad_u, grad_v, grad_a, grad_b, grad_c = passes.affine_act_backward(
-            grad, grad_pooled, u, v, a, b, c, ctx.relu, need['u'], need['v'])
+            grad, grad_pooled, u, v, a, b, c, ctx.constants[0], need['u'], need['v'])
 
         # through the coefficients to n λ, times n λ: all that the logits need, and no small λ is divided by
         weighted = torch.stack([
@@ -139,7 +177,7 @@ class _FusedMerge(Function):
         grads = []
         for i, (x, path, grad_x, grad_k, weight, (mu, invstd), descriptor_known) in enumerate(zip(
                 (u, v), paths, (grad_u, grad_v), (grad_a, grad_b), (weight_u, weight_v), norms,
-                (False, ctx.has_pooled))):
+                (False, pooled is not None))):
             scale, grad_mean = scales[:, i:i + 1], grad_z[:, i * channels:(i + 1) * channels]
             if path.k is None:
                 grad_weight = grad_bias = None
@@ -163,12 +201,14 @@ class _FusedMerge(Function):
 
 
 def _can_fuse(x: Tensor) -> bool:
-    # what traces or transforms a network sees the plain formula, and so does every tensor that is not just one
+    # what exports or transforms a network sees the plain formula, and so does every tensor that is not just one
     return (
         _enabled
         and type(x) is Tensor
+        and not _is_exporting()
         and not torch.jit.is_tracing()
         and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
         and x.numel() > 0
         and (not x.is_cuda or _experimental)
         and passes.available(x)
@@ -180,6 +220,10 @@ def has_hooks(*modules: Optional[nn.Module]) -> bool:
     return any(
         m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
         for m in modules if m is not None)
+
+
+def _needs_grad(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
 def _full_precision(x: Tensor, params: List[Optional[Tensor]]) -> bool:
@@ -205,8 +249,7 @@ def fused_merge(
         shortcut_norm: Optional[nn.Module] = None,
         act: Optional[nn.Module] = None,
         pooled: Optional[Tensor] = None,
-        mean: Optional[Callable[[], Optional[Tensor]]] = None,
-        inplace: bool = False,
+        origin: Optional[Tuple[nn.Module, Tensor]] = None,
 ) -> Optional[Tuple[Tensor, Tensor]]:
     """act(n λ1 · norm(u) + n λ2 · shortcut_norm(v)), fused.
 
@@ -218,8 +261,8 @@ def fused_merge(
         shortcut_norm: BatchNorm2d over v, none if None.
         act: ReLU, none if None.
         pooled: The mean of v over its pixels, if it is known, (batch, channels). Gradients flow to it.
-        mean: Computes that of u, or None, where there is a cheaper way than to read u; used if no gradient is needed.
-        inplace: Whether u may be overwritten if no gradient is needed.
+        origin: The convolution that u has come from, and what that took. Where no gradients are needed, λ is known from
+            the latter if it is cheaper to read, and u is overwritten.
 
     Returns:
         The merged map and its mean over its pixels, (batch, channels); or None, with nothing done, where it cannot be
@@ -228,33 +271,33 @@ def fused_merge(
     if not _can_fuse(u):
         return None
     norms = [norm, shortcut_norm]
-    params = [mix.weight1, mix.weight2] + [p for m in norms if m is not None for p in (m.weight, m.bias)]
     if (
             type(v) is not Tensor or v.dtype != u.dtype or v.shape != u.shape or v.device != u.device
             or not all(m is None or type(m) is nn.BatchNorm2d for m in norms)
             or not (act is None or type(act) is nn.ReLU)
             or has_hooks(mix, norm, shortcut_norm, act)
-            or not _full_precision(u, params)
     ):
         return None
-    # by batch statistics, as BatchNorm itself decides
-    batch_stats = [m is not None and (m.training or m.running_mean is None) for m in norms]
+    params = [mix.weight1, mix.weight2] + [p for m in norms if m is not None for p in (m.weight, m.bias)]
+    if not _full_precision(u, params):
+        return None
+    # as BatchNorm itself decides
+    batch_stats = [m.training or m.running_mean is None for m in norms if m is not None]
     relu = act is not None
-    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (u, v, *params))
-    if not any(m is not None and not batch for m, batch in zip(norms, batch_stats)) and (needs_grad or any(batch_stats)):
+    if all(batch_stats) and (batch_stats or _needs_grad(u, v, *params)):
         count = u.numel() // u.shape[1]
-        if count == 1 and any(batch_stats):
+        if batch_stats and count == 1:
             return None  # torch's own error
-        norm_params = [None if m is None else p for m in norms for p in (m and m.weight, m and m.bias)]
         y, y_pooled, *statistics = _FusedMerge.apply(
-            relu, [m and m.eps for m in norms], u, v, pooled, mix.weight1, mix.weight2, *norm_params)
+            relu, [None if m is None else m.eps for m in norms], u, v, pooled, mix.weight1, mix.weight2,
+            *(p for m in norms for p in ((None, None) if m is None else (m.weight, m.bias))))
         for m, mu, var in zip([m for m in norms if m is not None], statistics[::2], statistics[1::2]):
             _update_running(m, mu, var, count)
         return y, y_pooled
-    if needs_grad or any(batch_stats):
+    if any(batch_stats) or _needs_grad(u, v, *params):
         return None
     paths = []
-    for x, m, known in ((u, norm, mean and mean()), (v, shortcut_norm, pooled)):
+    for x, m, known in ((u, norm, origin and _pooled_conv(*origin)), (v, shortcut_norm, pooled)):
         known = passes.mean(x) if known is None else known
         if m is None:
             paths.append(_Affine(known))
@@ -262,7 +305,22 @@ def fused_merge(
             k = m.weight * (m.running_var + m.eps).rsqrt()
             paths.append(_Affine(known, k, torch.addcmul(m.bias, m.running_mean, k, value=-1)))
     scales = mix(torch.cat([path.descriptor() for path in paths], dim=1))
-    return (passes.affine_act_ if inplace else passes.affine_act)(u, v, *_coefficients(scales, paths), relu)
+    merge = passes.affine_act if origin is None or has_hooks(origin[0]) else passes.affine_act_
+    return merge(u, v, *_coefficients(scales, paths), relu)
+
+
+def _pooled_conv(conv: nn.Module, x: Tensor) -> Optional[Tensor]:
+    """The mean of conv(x) over pixels, (batch, out_channels), from that of x, if conv is a 1x1 convolution."""
+    if type(conv) is not nn.Conv2d or conv.kernel_size != (1, 1) or conv.stride != (1, 1) or conv.padding != (0, 0):
+        return None
+    z = passes.mean(x)[:, :, None, None]
+    with torch.autocast(x.device.type, enabled=False):
+        return F.conv2d(z, conv.weight.to(z.dtype), conv.bias, groups=conv.groups).flatten(1)
+
+
+def _plain_moments(x):
+    var, mean = torch.var_mean(x.to(torch.promote_types(x.dtype, torch.float32)), (2, 3), correction=0)
+    return x.view_as(x), mean, var
 
 
 class _Moments(Function):
@@ -271,11 +329,12 @@ class _Moments(Function):
     @staticmethod
     def forward(ctx, x):
         mean, var = passes.moments(x)
+        ctx.constants = ()
         ctx.save_for_backward(x, mean)
         return x.view_as(x), mean, var
 
     @staticmethod
-    @once_differentiable
+    @_by_plain_formula(_plain_moments)
     def backward(ctx, grad, grad_mean, grad_var):
         x, mean = ctx.saved_tensors
         pixels = x.shape[2] * x.shape[3]
@@ -283,21 +342,26 @@ class _Moments(Function):
         return passes.moments_backward_(grad, x, scale, grad_mean / pixels - scale * mean)
 
 
+def _plain_affine_act(relu, x, a, c):
+    y = (a[:, :, None, None] * x + c[:, :, None, None]).to(x.dtype)
+    return y.relu() if relu else y,
+
+
 class _AffineAct(Function):
     """a · x + c and a ReLU if asked for."""
 
     @staticmethod
     def forward(ctx, relu, x, a, c):
-        ctx.relu = relu
+        ctx.constants = relu,
         ctx.save_for_backward(x, a, c)
         return passes.affine_act(x, None, a, None, c, relu)[0]
 
     @staticmethod
-    @once_differentiable
+    @_by_plain_formula(_plain_affine_act)
     def backward(ctx, grad):
         x, a, c = ctx.saved_tensors
         grad_x, _, grad_a, _, grad_c = passes.affine_act_backward(
-            grad, None, x, None, a, None, c, ctx.relu, ctx.needs_input_grad[1], False)
+            grad, None, x, None, a, None, c, *ctx.constants, ctx.needs_input_grad[1], False)
         return None, grad_x, grad_a, grad_c
 
 
@@ -363,7 +427,7 @@ def fused_concat(
         if batch_stats:
             weighted = a * mean
             mu = weighted.mean(0)
-            var = (a.square() * torch.cat(variances, dim=1) + (weighted - mu).square()).mean(0)
+            var = (a.square() * torch.cat(variances or [], dim=1) + (weighted - mu).square()).mean(0)
             _update_running(norm, mu.detach(), var.detach(), count)
         k = norm.weight * (var + norm.eps).rsqrt()
         c = (norm.bias - mu * k).expand_as(a)

@@ -2,8 +2,8 @@
 
 A map is (batch, channels, height, width), channels-last or contiguous; the maps of a call have one shape, dtype and
 device, and are brought into the memory format of the first. Coefficients and results are (batch, channels), float32
-(float64 for float64 maps). All is computed in that type, and a map is rounded once, to its own. Each map is read once and
-written once. No function here knows autograd.
+(float64 for float64 maps). All is computed in that type, and a map is rounded once, to its own. Each map is read once
+and written once. No function here knows autograd.
 
 `cpu_kernels` and `triton_kernels` do the work.
 """

@@ -12,7 +12,6 @@ from functools import partial
 from typing import Any, Dict, List, Optional
 
 import torch
-import torch.fx
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import BatchNormAct2d
@@ -24,8 +23,6 @@ from ..layers import ConcatMerge, descriptor, fused_concat, has_hooks, moments
 from ._awm import CIFAR10_CFG, AwmModel, create_awm_model, refuse_stem_arguments
 
 __all__ = ['AwmDenseNet', 'CifarDenseNet', 'AwmCifarDenseNet', 'insert_concat_merges']
-
-torch.fx.wrap('descriptor')  # torch.fx cannot follow the dtype of a proxy
 
 
 class AwmDenseLayer(DenseLayer):

@@ -10,16 +10,14 @@ Papers:
 * `Aggregated Residual Transformations for Deep Neural Networks` - https://arxiv.org/abs/1611.05431
 * `Wide Residual Networks` - https://arxiv.org/abs/1605.07146
 """
-from functools import partial
 from typing import Any, Dict, List, Optional, Tuple, Union
 
 import torch
-import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import BasicBlock, Bottleneck, ResNet, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from ..layers import SumMerge, descriptor, fused_merge, has_hooks
+from ..layers import SumMerge, fused_merge, has_hooks
 from ._awm import CIFAR10_CFG, AwmModel, create_awm_model, refuse_stem_arguments
 
 __all__ = ['AwmResNet', 'CifarResNet', 'AwmCifarResNet', 'insert_sum_merges']
@@ -54,11 +52,8 @@ class AwmBlock(nn.Module):
         if self.downsample is not None:
             v, shortcut_norm = _downsample(self.downsample, x)
             pooled = None
-        if self.se is None and (self.drop_path is None or not self.training):
-            # no gradients, no batch statistics: λ is known from what the convolution takes, which is narrower
-            fused = fused_merge(
-                self.merge.mix, u, v, norm, shortcut_norm, act, pooled, mean=partial(_pooled_conv, conv, inner),
-                inplace=not conv._forward_hooks)
+        if self.se is None and (self.drop_path is None or not self.training) and not has_hooks(self.merge):
+            fused = fused_merge(self.merge.mix, u, v, norm, shortcut_norm, act, pooled, origin=(conv, inner))
             if fused is not None:
                 return fused
         return self.tail(u, v if shortcut_norm is None else shortcut_norm(v)), None
@@ -134,15 +129,6 @@ def _downsample(downsample: nn.Module, x: Tensor) -> Tuple[Tensor, Optional[nn.M
             x = layer(x)
         return x, norm
     return downsample(x), None
-
-
-def _pooled_conv(conv: nn.Module, x: Tensor) -> Optional[Tensor]:
-    """The mean of conv(x) over pixels, (batch, out_channels), where it follows from that of x: of a 1x1 convolution."""
-    if not isinstance(conv, nn.Conv2d) or conv.kernel_size != (1, 1) or conv.stride != (1, 1) or any(conv.padding):
-        return None
-    with torch.autocast(x.device.type, enabled=False):
-        z = descriptor(x)[:, :, None, None]
-        return F.conv2d(z, conv.weight.to(z.dtype), conv.bias, groups=conv.groups).flatten(1)
 
 
 def insert_sum_merges(model: nn.Module, hidden_features: int = 16) -> None:
