@@ -108,7 +108,8 @@ def test_bad_period_leaves_nothing(tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize('args', [[], ['demo'], ['models'], ['recipes'], ['train'], ['validate'], ['benchmark']])
+@pytest.mark.parametrize('args', [[], ['demo'], ['models'], ['recipes'], ['train'], ['validate'], ['benchmark'],
+                                  ['bench']])
 def test_help_shows_an_example(args, capsys):
     with pytest.raises(SystemExit, match='0'):
         cli.main([*args, '--help'])

@@ -7,11 +7,12 @@ import timm_awm
 ROOT = Path(__file__).parents[1]
 
 
-def test_the_package_carries_its_recipes_and_its_types():
+def test_the_package_carries_its_recipes_types_and_kernels():
     installed = {str(path) for path in files('timm-awm')}
     recipes = {f'timm_awm/{path.relative_to(ROOT)}' for path in (ROOT / 'recipes').rglob('*') if path.is_file()}
     assert len(recipes) > 2 and recipes <= installed
     assert (resources('timm_awm') / 'py.typed').is_file()
+    assert (resources('timm_awm') / 'layers' / 'cpu_kernels.cpp').is_file()
 
 
 def test_version_stands_in_the_changelog():

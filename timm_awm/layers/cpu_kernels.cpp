@@ -37,6 +37,7 @@ struct Shape {
 };
 
 constexpr int64_t LANES = 64;
+constexpr int64_t BLOCK = 128;  // channels last, pixels that are summed up by themselves: errors grow with the number
 
 // Rows of lanes in a map, from an offset on.
 struct Rows {
@@ -65,7 +66,20 @@ static void for_rows(const Shape& s, const A* const (&inputs)[I], A* const (&out
                     out[o] = outputs[o] ? outputs[o] + n * s.C + c : nullptr;
                     if (out[o]) std::fill(out[o], out[o] + lanes, A(0));
                 }
-                body(Rows{offset, s.P, s.C, lanes}, in, out);
+                std::vector<A> totals(s.P > BLOCK ? O * lanes : 0);
+                for (int64_t row = 0; row < s.P; row += BLOCK) {
+                    body(Rows{offset + row * s.C, std::min(BLOCK, s.P - row), s.C, lanes}, in, out);
+                    for (int o = 0; o < O && s.P > BLOCK; ++o) {
+                        if (!out[o]) continue;
+                        A *sum = out[o], *total = totals.data() + o * lanes;
+                        const bool last = row + BLOCK >= s.P;
+                        #pragma omp simd
+                        for (int64_t i = 0; i < lanes; ++i) {
+                            total[i] += sum[i];
+                            sum[i] = last ? total[i] : A(0);
+                        }
+                    }
+                }
             } else {
                 A spread[I][LANES], sums[O][LANES] = {};
                 for (int i = 0; i < I; ++i) {
