@@ -49,7 +49,7 @@ def set_fused_merge(enable: bool = True, experimental: bool = False) -> None:
 
 
 def _by_plain_formula(plain: Callable) -> Callable[[Callable], Callable]:
-    """Where the backward pass is itself to be differentiated (create_graph=True), autograd does it, by the plain formula.
+    """A backward pass that is itself differentiated (create_graph=True) is done by autograd, by the plain formula.
 
     That takes the inputs of the function: the constants in ctx.constants, then the tensors that were saved first.
     """
