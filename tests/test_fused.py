@@ -9,7 +9,7 @@ import timm
 import torch
 import torch.nn as nn
 from timm.layers import BlurPool2d
-from timm.utils import freeze, unfreeze
+from timm.utils import freeze
 from torch import Tensor
 
 import timm_awm
@@ -20,7 +20,7 @@ from timm_awm.layers import (
     cpu_kernels,
     fused_concat,
     fused_merge,
-    moments,
+    map_moments,
     passes,
     record_mixing_weights,
     set_fused_merge,
@@ -50,7 +50,6 @@ def images(batch=3, size=48, dtype=torch.float64, layout=NHWC):
 
 @pytest.fixture(autouse=True)
 def switched_on():
-    yield
     set_fused_merge(True)
 
 
@@ -146,7 +145,6 @@ def test_weights_near_0_and_1(w2_std):
     model = create('awm_resnet14_cifar', w2_std).double()
     x = images(batch=4, size=32)
     with record_mixing_weights(model) as lambdas, torch.no_grad():
-        copy.deepcopy(model).eval()(x)
         model.eval()(x)
     weights = torch.cat(list(lambdas.values()))
     assert weights.min() < 1e-6 and weights.max() > 1 - 1e-6
@@ -197,7 +195,7 @@ def test_gradients_of_a_concatenation(training, relu):
     maps = [torch.randn(3, c, 2, 3, dtype=torch.float64, requires_grad=True) for c in channels]
 
     def run(*_):
-        kept = [moments(x, variance=True) for x in maps]
+        kept = [map_moments(x, variance=True) for x in maps]
         return fused_concat(mix, *map(list, zip(*kept)), norm, relu)
 
     assert torch.autograd.gradcheck(run, (*maps, *mix.parameters(), *norm.parameters()))
@@ -297,6 +295,72 @@ def test_hooks_see_what_they_see_in_the_plain_formula(path, training):
     assert isinstance(fused['seen'], Tensor) and difference(plain, fused) < 1e-10
 
 
+@pytest.mark.parametrize('training', [True, False])
+@pytest.mark.parametrize('hook', ['after', 'before', 'everywhere', 'instance', 'subclass'])
+def test_what_changes_a_modules_call_is_obeyed(hook, training):
+    stage = create('awm_resnet26d').layer2.double().train(training)
+    x = torch.randn(4, 256, 6, 6, dtype=torch.float64)
+
+    def double(module, args, out):
+        return 2 * out if isinstance(module, nn.BatchNorm2d) and module.num_features == 512 else None
+
+    def run(stage):
+        conv = stage[1].conv3
+        handle = None
+        if hook == 'after':
+            conv.register_forward_hook(lambda module, args, out: out + 1)
+        elif hook == 'before':
+            conv.register_forward_pre_hook(lambda module, args: (args[0] + 1,))
+        elif hook == 'everywhere':
+            handle = nn.modules.module.register_module_forward_hook(double)
+        elif hook == 'instance':
+            stage[1].bn3.forward = lambda x: 3 * x
+        else:
+            stage[1].__class__ = type('Mine', (type(stage[1]),), dict(forward=lambda self, x: 5 * x))
+        with torch.set_grad_enabled(training):
+            out = stage(x)
+        if handle:
+            handle.remove()
+        return dict(out=out)
+
+    plain, fused = both(stage, run)
+    assert difference(plain, fused) < 1e-10
+
+
+def test_gradients_that_others_hold_stay_as_they_are():
+    def run(model):
+        kept = []
+        layer = model.features.denseblock1.denselayer3
+        layer.register_forward_pre_hook(lambda module, args: [x.register_hook(kept.append) for x in args[0]] and None)
+        model(images(size=32)).square().mean().backward()
+        return {str(i): g for i, g in enumerate(kept)}
+
+    model = create('awm_densenet22_cifar').double()
+    first, second = run(copy.deepcopy(model)), run(copy.deepcopy(model))
+    assert len(first) == 3 and difference(first, second) == 0
+    x = torch.randn(2, 3, 4, 4, requires_grad=True)
+    y, mean, var = map_moments(x, variance=True)
+    grad = torch.ones_like(x)
+    torch.autograd.backward([y, mean, var], [grad, torch.ones(2, 3), torch.ones(2, 3)])
+    assert torch.equal(grad, torch.ones_like(x)) and not torch.equal(x.grad, grad)
+
+
+def test_backward_twice():
+    model = create('awm_resnet14_cifar').double()
+    loss = model(images(size=32)).square().mean()
+    loss.backward(retain_graph=True)
+    once = {n: p.grad.clone() for n, p in model.named_parameters()}
+    loss.backward()
+    assert difference({n: 2 * g for n, g in once.items()}, {n: p.grad for n, p in model.named_parameters()}) < 1e-14
+
+
+def test_batched_gradients():
+    merge = create('awm_resnet14_cifar').layer1[0].merge.double()
+    u, x = torch.randn(2, 2, 16, 2, 2, dtype=torch.float64)
+    one_by_one = torch.autograd.functional.jacobian(merge, (u, x))
+    torch.testing.assert_close(torch.autograd.functional.jacobian(merge, (u, x), vectorize=True), one_by_one)
+
+
 def test_transforms_see_the_plain_formula():
     merge = create('awm_resnet14_cifar').layer1[0].merge.double()
     u, x, tangent = torch.randn(3, 2, 16, 4, 4, dtype=torch.float64)
@@ -369,7 +433,7 @@ def test_without_a_compiler_the_plain_formula_is_used_and_said_once(monkeypatch)
     merge = SumMerge(4)
     u, x = torch.randn(2, 2, 4, 3, 3)
     try:
-        with pytest.warns(UserWarning, match='C\\+\\+ compiler.*TIMM_AWM_FUSED=0.*no compiler'):
+        with pytest.warns(UserWarning, match='could not be built.*TIMM_AWM_FUSED=0.*no compiler'):
             assert torch.equal(merge(u, x), u + x)
         with warnings.catch_warnings():
             warnings.simplefilter('error')
@@ -384,6 +448,12 @@ def test_the_environment_says_how_the_switch_starts(value, state):
     env = {**os.environ, 'TIMM_AWM_FUSED': value}
     result = subprocess.run([sys.executable, '-c', code], env=env, capture_output=True, text=True, check=True)
     assert result.stdout.strip() == str(state)
+
+
+def test_another_value_in_the_environment_is_refused():
+    env = {**os.environ, 'TIMM_AWM_FUSED': 'off'}
+    result = subprocess.run([sys.executable, '-c', 'import timm_awm'], env=env, capture_output=True, text=True)
+    assert result.returncode and "is 0 (off), 1 (on) or 2 (on GPUs too), not 'off'" in result.stderr
 
 
 def test_the_switch(calls):
@@ -414,9 +484,23 @@ def test_compiled_and_eager_are_the_same(name):
         torch.testing.assert_close(p.grad, eager[n])
 
 
+@pytest.mark.parametrize('name', ['awm_resnet14_cifar', 'awm_densenet22_cifar'])
+def test_inductor_under_autocast(name):
+    model = create(name).to(memory_format=NHWC)
+    x = images(batch=16, size=32, dtype=torch.float32)
+    step = train_step(x, autocast=torch.bfloat16)
+    set_fused_merge(False)
+    exact = train_step(x.double())(copy.deepcopy(model).double())
+    set_fused_merge(True)
+    eager = step(copy.deepcopy(model))
+    compiled = copy.deepcopy(model)
+    compiled.compile(fullgraph=True)
+    result = step(compiled)
+    assert difference(exact, result) < max(0.1, 3 * difference(exact, eager))
+
+
 def test_frozen_layers_before_a_merge_need_no_gradient():
     model = create('awm_resnet14_cifar')
     freeze(model, 'layer1')
     model(images(batch=2, size=32, dtype=torch.float32)).sum().backward()
     assert all((p.grad is None) == n.startswith('layer1.') for n, p in model.named_parameters())
-    unfreeze(model, 'layer1')

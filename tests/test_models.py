@@ -13,7 +13,14 @@ from timm.models.densenet import DenseBlock, DenseLayer
 from timm.optim import create_optimizer_v2
 
 import timm_awm  # noqa: F401
-from timm_awm.layers import ConcatMerge, MixingWeights, SumMerge, merge_parameters, record_mixing_weights
+from timm_awm.layers import (
+    ConcatMerge,
+    MixingWeights,
+    SumMerge,
+    merge_parameters,
+    record_mixing_weights,
+    set_fused_merge,
+)
 from timm_awm.models import CifarDenseNet, CifarResNet
 
 IMAGENET = [
@@ -334,7 +341,6 @@ def test_onnx(name, tmp_path):
     torch.testing.assert_close(torch.from_numpy(out), model(x).detach(), rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.usefixtures('unfused')
 @pytest.mark.parametrize('name', ['awm_resnet14_cifar', 'awm_densenet22_cifar'])
 def test_merges_survive_timms_feature_graph(name):
     features = create(name, features_only=True, feature_cls='fx')
@@ -345,19 +351,20 @@ def test_merges_survive_timms_feature_graph(name):
     assert lambdas and all(torch.equal(v, torch.full_like(v, 1 / v.shape[1])) for v in lambdas.values())
 
 
-@pytest.mark.usefixtures('unfused')
 @pytest.mark.parametrize('name', ['awm_resnet14_cifar', 'awm_densenet22_cifar', 'awm_resnet26d'])
 def test_symbolic_trace(name):
     model = create(name, trained=True).eval()
     traced = torch.fx.symbolic_trace(model)
     x = images(batch=3)
-    assert torch.equal(traced(x), model(x))
+    with torch.no_grad():
+        torch.testing.assert_close(traced(x), model(x))
 
 
-@pytest.mark.usefixtures('unfused')
 @pytest.mark.parametrize('name', ['awm_resnet14_cifar', 'awm_densenet22_cifar'])
+@pytest.mark.parametrize('fused', [True, False])
 @pytest.mark.parametrize('amp, backend', [(False, 'aot_eager'), (True, 'eager')])  # decompositions round bfloat16 anew
-def test_compile_without_graph_breaks(name, amp, backend):
+def test_compile_without_graph_breaks(name, amp, backend, fused):
+    set_fused_merge(fused)
     model = create(name, trained=True)
     compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend=backend)
     x = images()

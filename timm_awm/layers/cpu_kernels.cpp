@@ -37,66 +37,79 @@ struct Shape {
 };
 
 constexpr int64_t LANES = 64;
-constexpr int64_t BLOCK = 128;  // channels last, pixels that are summed up by themselves: errors grow with the number
+constexpr int64_t BLOCK = 128;  // rows that are summed up by themselves, for errors grow with their number
 
 // Rows of lanes in a map, from an offset on.
 struct Rows {
     int64_t offset, rows, stride, lanes;
 };
 
+template <int O, typename A, typename Body>
+static void in_blocks(const Rows& r, const A** in, A** out, const Body& body) {
+    std::vector<A> totals(r.rows > BLOCK ? O * r.lanes : 0);
+    for (int64_t row = 0; row < r.rows; row += BLOCK) {
+        body(Rows{r.offset + row * r.stride, std::min(BLOCK, r.rows - row), r.stride, r.lanes}, in, out);
+        for (int o = 0; o < O && r.rows > BLOCK; ++o) {
+            if (!out[o]) continue;
+            A *sum = out[o], *total = totals.data() + o * r.lanes;
+            const bool last = row + BLOCK >= r.rows;
+            #pragma omp simd
+            for (int64_t i = 0; i < r.lanes; ++i) {
+                total[i] += sum[i];
+                sum[i] = last ? total[i] : A(0);
+            }
+        }
+    }
+}
+
 // Calls body(rows, coefficients, sums) for all of a map. Of every input and output, (N, C), body gets an array of as many
-// elements as a row has lanes, and adds to the outputs. Channels last, a row is a pixel and a lane a channel. Else rows
-// are pieces of a channel's plane: its lanes share the coefficients, and their sums are added up in the end, in an order
-// that no compiler and no set of outputs changes.
+// elements as a row has lanes, and adds to the outputs. Channels last, a row is a pixel and a lane a channel. But few
+// channels last, and the plane of a channel, are packed: their rows are up to LANES elements, their coefficients are
+// repeated, and lanes of the same channel are added up in the end, in an order that no compiler and no choice of outputs
+// changes.
 template <int I, int O, typename A, typename Body>
 static void for_rows(const Shape& s, const A* const (&inputs)[I], A* const (&outputs)[O], const Body& body) {
+    const int64_t packed = !s.last ? 1 : s.C <= LANES / 2 ? s.C : 0;  // channels in a packed row, repeated
     // an image at a time reads memory in order; fewer images than threads are cut into bands of channels
-    const int64_t width = !s.last ? 1 : s.N < s.threads ? std::min(LANES, s.C) : s.C;
+    const int64_t width = packed ? packed : s.N < s.threads ? std::min(LANES, s.C) : s.C;
     const int64_t bands = (s.C + width - 1) / width;
     #pragma omp parallel for collapse(2) num_threads(s.N * s.C * s.P < 32768 ? 1 : s.threads)
     for (int64_t n = 0; n < s.N; ++n) {
         for (int64_t band = 0; band < bands; ++band) {
-            const int64_t c = band * width, offset = s.index(n, c, 0);
+            const int64_t c = band * width, offset = s.index(n, c, 0), coef = n * s.C + c;
             const A* in[I];
             A* out[O];
-            if (s.last) {
-                const int64_t lanes = std::min(width, s.C - c);
-                for (int i = 0; i < I; ++i) in[i] = inputs[i] ? inputs[i] + n * s.C + c : nullptr;
-                for (int o = 0; o < O; ++o) {
-                    out[o] = outputs[o] ? outputs[o] + n * s.C + c : nullptr;
-                    if (out[o]) std::fill(out[o], out[o] + lanes, A(0));
-                }
-                std::vector<A> totals(s.P > BLOCK ? O * lanes : 0);
-                for (int64_t row = 0; row < s.P; row += BLOCK) {
-                    body(Rows{offset + row * s.C, std::min(BLOCK, s.P - row), s.C, lanes}, in, out);
-                    for (int o = 0; o < O && s.P > BLOCK; ++o) {
-                        if (!out[o]) continue;
-                        A *sum = out[o], *total = totals.data() + o * lanes;
-                        const bool last = row + BLOCK >= s.P;
-                        #pragma omp simd
-                        for (int64_t i = 0; i < lanes; ++i) {
-                            total[i] += sum[i];
-                            sum[i] = last ? total[i] : A(0);
-                        }
-                    }
-                }
-            } else {
+            if (packed) {
                 A spread[I][LANES], sums[O][LANES] = {};
                 for (int i = 0; i < I; ++i) {
-                    if (inputs[i]) std::fill(spread[i], spread[i] + LANES, inputs[i][n * s.C + c]);
+                    if (packed == 1) std::fill(spread[i], spread[i] + LANES, inputs[i][coef]);
+                    else for (int64_t lane = 0; lane + packed <= LANES; lane += packed) {
+                        std::copy(inputs[i] + coef, inputs[i] + coef + packed, spread[i] + lane);
+                    }
                     in[i] = spread[i];
                 }
                 for (int o = 0; o < O; ++o) out[o] = sums[o];
-                const int64_t whole = s.P / LANES, rest = s.P % LANES;
-                if (whole) body(Rows{offset, whole, LANES, LANES}, in, out);
-                if (rest) body(Rows{offset + whole * LANES, 1, 0, rest}, in, out);
+                const int64_t lanes = LANES / packed * packed;
+                const int64_t whole = s.P * packed / lanes, rest = s.P * packed % lanes;
+                if (whole) in_blocks<O>(Rows{offset, whole, lanes, lanes}, in, out, body);
+                if (rest) body(Rows{offset + whole * lanes, 1, 0, rest}, in, out);
                 for (int o = 0; o < O; ++o) {
-                    for (int64_t half = LANES / 2; half; half /= 2) {
+                    for (int64_t n = LANES / packed, half; n > 1; n -= half) {
+                        half = n / 2;
+                        const A* upper = sums[o] + (n - half) * packed;
                         #pragma omp simd
-                        for (int64_t i = 0; i < half; ++i) sums[o][i] += sums[o][i + half];
+                        for (int64_t i = 0; i < half * packed; ++i) sums[o][i] += upper[i];
                     }
-                    if (outputs[o]) outputs[o][n * s.C + c] = sums[o][0];
+                    if (outputs[o]) std::copy(sums[o], sums[o] + packed, outputs[o] + coef);
                 }
+            } else {
+                const int64_t lanes = std::min(width, s.C - c);
+                for (int i = 0; i < I; ++i) in[i] = inputs[i] + coef;
+                for (int o = 0; o < O; ++o) {
+                    out[o] = outputs[o] ? outputs[o] + coef : nullptr;
+                    if (out[o]) std::fill(out[o], out[o] + lanes, A(0));
+                }
+                in_blocks<O>(Rows{offset, s.P, s.C, lanes}, in, out, body);
             }
         }
     }

@@ -20,12 +20,12 @@ _TYPES = {torch.float32: 'float32', torch.bfloat16: 'bfloat16', torch.float64: '
 @functools.lru_cache(maxsize=None)
 def _library() -> Optional[ctypes.CDLL]:
     try:
-        from torch._inductor.codecache import CppCodeCache  # private: finds compiler, flags and torch's own OpenMP
+        from torch._inductor.codecache import CppCodeCache  # private: finds compiler and flags
         return CppCodeCache.load(Path(__file__).with_name('cpu_kernels.cpp').read_text())
     except Exception as error:
         warnings.warn(
-            'Without a C++ compiler the merges run slower, unfused; install g++ or clang, or set TIMM_AWM_FUSED=0 to '
-            f'silence this. {type(error).__name__}: {str(error).strip()[:300]}', stacklevel=2)
+            "The merges' C++ kernels could not be built, so they run slower, unfused; install g++ or clang, or set "
+            f'TIMM_AWM_FUSED=0 to silence this. {type(error).__name__}: {str(error).strip()[:300]}', stacklevel=2)
         return None
 
 
@@ -54,7 +54,9 @@ def _opaque(fake: Callable, mutates_args: Iterable[str] = ()) -> Callable[[Calla
 
         @functools.wraps(function)
         def call(*args):
-            return op(*args) if torch.compiler.is_compiling() else function(*args)  # an op takes its time to be called
+            # an op takes its time to be called, but can be seen
+            visible = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
+            return (op if visible else function)(*args)
         return call
 
     return wrap
@@ -107,7 +109,6 @@ def affine_act_backward(
 ) -> Tuple[Tensor, Tensor, Tensor]:
     grad_u, grad_v, sums = _like(u, need_u), _like(u, need_v), _sums(u, 2 if v is None else 3)
     _call(
-        'affine_act_backward', u, int(relu), grad, torch.zeros_like(a) if grad_pooled is None else grad_pooled,
-        u, v, a, b, c, grad_u if need_u else None, grad_v if need_v else None,
-        sums[0], None if v is None else sums[2], sums[1])
+        'affine_act_backward', u, int(relu), grad, grad_pooled, u, v, a, b, c, grad_u if need_u else None,
+        grad_v if need_v else None, sums[0], None if v is None else sums[2], sums[1])
     return grad_u, grad_v, sums

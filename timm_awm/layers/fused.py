@@ -18,16 +18,19 @@ import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function, forward_ad
+from torch.nn.modules import module as torch_module
 
 from . import passes
 from .functional import descriptor, mixing_logits, scaled_mixing_weights, weighted_sum
 
-__all__ = ['set_fused_merge', 'fused_merge', 'fused_concat', 'moments', 'has_hooks']
+__all__ = ['set_fused_merge', 'fused_merge', 'fused_concat', 'map_moments', 'is_intercepted']
 
 torch.fx.wrap('descriptor')  # torch.fx cannot follow the dtype of a proxy
 
-_enabled = os.environ.get('TIMM_AWM_FUSED', '1') != '0'
-_experimental = os.environ.get('TIMM_AWM_FUSED', '1') == '2'
+_start = os.environ.get('TIMM_AWM_FUSED', '1')
+if _start not in ('0', '1', '2'):
+    raise ValueError(f'The environment variable TIMM_AWM_FUSED is 0 (off), 1 (on) or 2 (on GPUs too), not {_start!r}.')
+_enabled, _experimental = _start != '0', _start == '2'
 _is_exporting = getattr(torch.compiler, 'is_exporting', torch.compiler.is_compiling)  # torch 2.6 cannot tell them apart
 
 
@@ -49,21 +52,27 @@ def set_fused_merge(enable: bool = True, experimental: bool = False) -> None:
 
 
 def _by_plain_formula(plain: Callable) -> Callable[[Callable], Callable]:
-    """A backward pass that is itself differentiated (create_graph=True) is done by autograd, by the plain formula.
+    """A backward pass that is itself differentiated (create_graph=True) or batched is autograd's, of the plain formula.
 
     That takes the inputs of the function: the constants in ctx.constants, then the tensors that were saved first.
     """
     def wrap(backward: Callable) -> Callable:
         @functools.wraps(backward)
         def wrapper(ctx, *grads):
-            if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            if torch.compiler.is_compiling():
+                return backward(ctx, *grads)
+            create_graph = torch.is_grad_enabled()
+            # torch.autograd.functional.jacobian(vectorize=True) and is_grads_batched=True
+            batched = any(g is not None and torch._C._functorch.is_legacy_batchedtensor(g) for g in grads)
+            if not create_graph and not batched:
                 return backward(ctx, *grads)
             need = ctx.needs_input_grad[len(ctx.constants):]
-            # aliases, for one input may be computed from another
-            inputs = [x if x is None else x.view_as(x) for x in ctx.saved_tensors[:len(need)]]
-            outputs = plain(*ctx.constants, *inputs)
+            with torch.enable_grad():
+                # aliases, for one input may be computed from another
+                inputs = [x if x is None else x.view_as(x) for x in ctx.saved_tensors[:len(need)]]
+                outputs = plain(*ctx.constants, *inputs)
             results = iter(torch.autograd.grad(
-                outputs, [x for x, n in zip(inputs, need) if n], grads[:len(outputs)], create_graph=True,
+                outputs, [x for x, n in zip(inputs, need) if n], grads[:len(outputs)], create_graph=create_graph,
                 allow_unused=True))
             return *(None for _ in ctx.constants), *(next(results) if n else None for n in need)
         return wrapper
@@ -215,10 +224,14 @@ def _can_fuse(x: Tensor) -> bool:
     )
 
 
-def has_hooks(*modules: Optional[nn.Module]) -> bool:
-    """Whether somebody looks at what a module takes or returns, so that it must really be called."""
-    return any(
+def is_intercepted(*modules: Optional[nn.Module]) -> bool:
+    """Whether something hangs on the call of a module, hooks for instance, so that it must really be called."""
+    return bool(
+        torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks
+        or torch_module._global_backward_hooks or torch_module._global_backward_pre_hooks
+    ) or any(
         m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
+        or m._compiled_call_impl is not None or 'forward' in vars(m)
         for m in modules if m is not None)
 
 
@@ -232,10 +245,11 @@ def _full_precision(x: Tensor, params: List[Optional[Tensor]]) -> bool:
 
 
 def _update_running(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor, count: int) -> None:
-    """As torch.nn.BatchNorm2d does."""
+    """As torch.nn.BatchNorm2d does; but once in a step under activation checkpointing, where that updates twice."""
     if not norm.track_running_stats or norm.running_mean is None:
         return
-    norm.num_batches_tracked.add_(1)
+    if norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(1)
     momentum = 1 / float(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
     norm.running_mean.lerp_(mean, momentum)
     norm.running_var.lerp_(var * (count / (count - 1)), momentum)
@@ -249,7 +263,7 @@ def fused_merge(
         shortcut_norm: Optional[nn.Module] = None,
         act: Optional[nn.Module] = None,
         pooled: Optional[Tensor] = None,
-        origin: Optional[Tuple[nn.Module, Tensor]] = None,
+        origin: Optional[Tuple[nn.Conv2d, Tensor]] = None,
 ) -> Optional[Tuple[Tensor, Tensor]]:
     """act(n λ1 · norm(u) + n λ2 · shortcut_norm(v)), fused.
 
@@ -260,9 +274,10 @@ def fused_merge(
         norm: BatchNorm2d over u, none if None.
         shortcut_norm: BatchNorm2d over v, none if None.
         act: ReLU, none if None.
-        pooled: The mean of v over its pixels, if it is known, (batch, channels). Gradients flow to it.
-        origin: The convolution that u has come from, and what that took. Where no gradients are needed, λ is known from
-            the latter if it is cheaper to read, and u is overwritten.
+        pooled: The mean of v over its pixels, if it is known, (batch, channels). Gradients flow to it; with a
+            shortcut_norm, which needs more of v, it is not used.
+        origin: The convolution that u has come from, and what that took, if nobody else holds u. Where no gradients are
+            needed, λ is known from the latter if it is cheaper to read, and u is overwritten.
 
     Returns:
         The merged map and its mean over its pixels, (batch, channels); or None, with nothing done, where it cannot be
@@ -275,7 +290,7 @@ def fused_merge(
             type(v) is not Tensor or v.dtype != u.dtype or v.shape != u.shape or v.device != u.device
             or not all(m is None or type(m) is nn.BatchNorm2d for m in norms)
             or not (act is None or type(act) is nn.ReLU)
-            or has_hooks(mix, norm, shortcut_norm, act)
+            or is_intercepted(mix, norm, shortcut_norm, act)
     ):
         return None
     params = [mix.weight1, mix.weight2] + [p for m in norms if m is not None for p in (m.weight, m.bias)]
@@ -289,7 +304,8 @@ def fused_merge(
         if batch_stats and count == 1:
             return None  # torch's own error
         y, y_pooled, *statistics = _FusedMerge.apply(
-            relu, [None if m is None else m.eps for m in norms], u, v, pooled, mix.weight1, mix.weight2,
+            relu, [None if m is None else m.eps for m in norms], u, v,
+            pooled if shortcut_norm is None else None, mix.weight1, mix.weight2,
             *(p for m in norms for p in ((None, None) if m is None else (m.weight, m.bias))))
         for m, mu, var in zip([m for m in norms if m is not None], statistics[::2], statistics[1::2]):
             _update_running(m, mu, var, count)
@@ -305,17 +321,17 @@ def fused_merge(
             k = m.weight * (m.running_var + m.eps).rsqrt()
             paths.append(_Affine(known, k, torch.addcmul(m.bias, m.running_mean, k, value=-1)))
     scales = mix(torch.cat([path.descriptor() for path in paths], dim=1))
-    merge = passes.affine_act if origin is None or has_hooks(origin[0]) else passes.affine_act_
-    return merge(u, v, *_coefficients(scales, paths), relu)
+    return (passes.affine_act if origin is None else passes.affine_act_)(u, v, *_coefficients(scales, paths), relu)
 
 
-def _pooled_conv(conv: nn.Module, x: Tensor) -> Optional[Tensor]:
+def _pooled_conv(conv: nn.Conv2d, x: Tensor) -> Optional[Tensor]:
     """The mean of conv(x) over pixels, (batch, out_channels), from that of x, if conv is a 1x1 convolution."""
-    if type(conv) is not nn.Conv2d or conv.kernel_size != (1, 1) or conv.stride != (1, 1) or conv.padding != (0, 0):
+    if conv.kernel_size != (1, 1) or conv.stride != (1, 1) or conv.padding != (0, 0):
         return None
     z = passes.mean(x)[:, :, None, None]
     with torch.autocast(x.device.type, enabled=False):
-        return F.conv2d(z, conv.weight.to(z.dtype), conv.bias, groups=conv.groups).flatten(1)
+        bias = None if conv.bias is None else conv.bias.to(z.dtype)
+        return F.conv2d(z, conv.weight.to(z.dtype), bias, groups=conv.groups).flatten(1)
 
 
 def _plain_moments(x):
@@ -339,6 +355,7 @@ class _Moments(Function):
         x, mean = ctx.saved_tensors
         pixels = x.shape[2] * x.shape[3]
         scale = grad_var * (2 / pixels)
+        grad = torch.empty_like(x).copy_(grad)  # others may hold autograd's
         return passes.moments_backward_(grad, x, scale, grad_mean / pixels - scale * mean)
 
 
@@ -365,7 +382,7 @@ class _AffineAct(Function):
         return None, grad_x, grad_a, grad_c
 
 
-def moments(x: Tensor, variance: bool) -> Tuple[Tensor, Tensor, Optional[Tensor]]:
+def map_moments(x: Tensor, variance: bool) -> Tuple[Tensor, Tensor, Optional[Tensor]]:
     """What a dense block keeps of a map, read once when it is made.
 
     Args:

@@ -7,6 +7,7 @@ and written once. No function here knows autograd.
 
 `cpu_kernels` and `triton_kernels` do the work.
 """
+from importlib.util import find_spec
 from types import ModuleType
 from typing import Any, Optional, Tuple
 
@@ -15,13 +16,15 @@ from torch import Tensor
 
 __all__ = ['available', 'mean', 'moments', 'moments_backward_', 'affine_act', 'affine_act_', 'affine_act_backward']
 
+_HAS_TRITON = torch.version.cuda is not None and find_spec('triton') is not None
+
 
 def available(x: Tensor) -> bool:
     """Whether there are passes for a map of this device and dtype."""
     if x.device.type == 'cpu':
         from .cpu_kernels import available
         return available(x.dtype)
-    return x.is_cuda and torch.version.cuda is not None and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    return _HAS_TRITON and x.is_cuda and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _kernels(x: Tensor) -> ModuleType:

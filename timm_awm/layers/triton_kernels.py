@@ -132,7 +132,7 @@ def _affine_act_kernel(
 def _affine_act_backward_kernel(
         grad, grad_pooled, u, v, a, b, c, grad_u, grad_v, sums,
         images, channels, pixels, stride_c, stride_p, splits, chunk,
-        HAS_GRAD: tl.constexpr, HAS_POOLED: tl.constexpr, HAS_V: tl.constexpr, RELU: tl.constexpr,
+        HAS_POOLED: tl.constexpr, HAS_V: tl.constexpr, RELU: tl.constexpr,
         NEED_U: tl.constexpr, NEED_V: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):
     channel, start, end, base, row, result = _program(images, channels, pixels, splits, chunk, BLOCK_C)
@@ -148,9 +148,7 @@ def _affine_act_backward_kernel(
     for first in range(start, end, BLOCK_P):
         offset, mask = _tile(first, end, channel, channels, stride_c, stride_p, BLOCK_P)
         u_tile, v_tile, z = _affine(u + base, v + base, offset, mask, a_row, b_row, c_row, HAS_V)
-        g = tl.where(mask, every, 0.)
-        if HAS_GRAD:
-            g += tl.load(grad + base + offset, mask=mask, other=0.).to(tl.float32)
+        g = tl.where(mask, every, 0.) + tl.load(grad + base + offset, mask=mask, other=0.).to(tl.float32)
         if RELU:
             g = tl.where(z <= 0., 0., g)  # NaN passes
         if NEED_U:
@@ -260,7 +258,7 @@ def affine_act_(u: Tensor, v: Optional[Tensor], a: Tensor, b: Optional[Tensor], 
 
 @triton_op('timm_awm::affine_act_backward', mutates_args=())
 def affine_act_backward(
-        grad: Optional[Tensor], grad_pooled: Optional[Tensor], u: Tensor, v: Optional[Tensor],
+        grad: Tensor, grad_pooled: Optional[Tensor], u: Tensor, v: Optional[Tensor],
         a: Tensor, b: Optional[Tensor], c: Tensor, relu: bool, need_u: bool, need_v: bool,
 ) -> Tuple[Tensor, Tensor, Tensor]:
     grid, splits, plan = _plan(u)
@@ -269,9 +267,9 @@ def affine_act_backward(
     partial = a.new_empty((2 if v is None else 3, splits, *a.shape))
     with _device(u):
         wrap_triton(_affine_act_backward_kernel)[grid](
-            u if grad is None else grad, a if grad_pooled is None else grad_pooled, u, u if v is None else v,
+            grad, a if grad_pooled is None else grad_pooled, u, u if v is None else v,
             a, a if b is None else b, c, grad_u, grad_v, partial, **plan,
-            HAS_GRAD=grad is not None, HAS_POOLED=grad_pooled is not None, HAS_V=v is not None, RELU=relu,
+            HAS_POOLED=grad_pooled is not None, HAS_V=v is not None, RELU=relu,
             NEED_U=need_u, NEED_V=need_v,
         )
     return grad_u, grad_v, partial[:, 0] if splits == 1 else partial.sum(1)

@@ -19,7 +19,7 @@ from timm.models import DenseNet, checkpoint, generate_default_cfgs, register_mo
 from timm.models.densenet import DenseBlock, DenseLayer, _filter_torchvision_pretrained  # private: there is no other
 from torch import Tensor, nn
 
-from ..layers import ConcatMerge, descriptor, fused_concat, has_hooks, moments
+from ..layers import ConcatMerge, descriptor, fused_concat, is_intercepted, map_moments
 from ._awm import CIFAR10_CFG, AwmModel, create_awm_model, refuse_stem_arguments
 
 __all__ = ['AwmDenseNet', 'CifarDenseNet', 'AwmCifarDenseNet', 'insert_concat_merges']
@@ -49,7 +49,7 @@ class AwmDenseLayer(DenseLayer):
                 or type(norm) is not BatchNormAct2d
                 or type(norm.act) is not nn.ReLU
                 or type(norm.drop) is not nn.Identity
-                or has_hooks(self.merge, norm, norm.act)
+                or is_intercepted(self.merge, norm, norm.act)
         ):
             return None
         return fused_concat(self.merge.mix, maps, descriptors, variances, norm, relu=True)
@@ -116,13 +116,13 @@ class AwmDenseBlock(DenseBlock):
             *layers, merge = self.values()
             variances: List[Tensor] = []
             for layer in layers:
-                x, mean, var = moments(x, variance=self.training)
+                x, mean, var = map_moments(x, variance=self.training)
                 maps.append(x)
                 descriptors.append(mean)
                 if var is not None:
                     variances.append(var)
                 x = layer(maps, descriptors, variances)
-            x, mean, _ = moments(x, variance=self.training)
+            x, mean, _ = map_moments(x, variance=self.training)
             return merge([*maps, x], [*descriptors, mean])
 
 

@@ -17,7 +17,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import BasicBlock, Bottleneck, ResNet, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from ..layers import SumMerge, fused_merge, has_hooks
+from ..layers import SumMerge, fused_merge, is_intercepted
 from ._awm import CIFAR10_CFG, AwmModel, create_awm_model, refuse_stem_arguments
 
 __all__ = ['AwmResNet', 'CifarResNet', 'AwmCifarResNet', 'insert_sum_merges']
@@ -52,8 +52,9 @@ class AwmBlock(nn.Module):
         if self.downsample is not None:
             v, shortcut_norm = _downsample(self.downsample, x)
             pooled = None
-        if self.se is None and (self.drop_path is None or not self.training) and not has_hooks(self.merge):
-            fused = fused_merge(self.merge.mix, u, v, norm, shortcut_norm, act, pooled, origin=(conv, inner))
+        if self.se is None and (self.drop_path is None or not self.training) and not is_intercepted(self.merge):
+            origin = (conv, inner) if isinstance(conv, nn.Conv2d) and not is_intercepted(conv) else None
+            fused = fused_merge(self.merge.mix, u, v, norm, shortcut_norm, act, pooled, origin)
             if fused is not None:
                 return fused
         return self.tail(u, v if shortcut_norm is None else shortcut_norm(v)), None
@@ -114,7 +115,12 @@ class AwmStage(nn.Sequential):
         else:
             pooled = None
             for block in self:
-                if isinstance(block, AwmBlock) and type(x) is Tensor and not has_hooks(block):
+                if (
+                        isinstance(block, AwmBlock)
+                        and type(block).forward is AwmBlock.forward
+                        and type(x) is Tensor
+                        and not is_intercepted(block)
+                ):
                     x, pooled = block.forward_pooled(x, pooled)
                 else:
                     x, pooled = block(x), None
@@ -123,12 +129,12 @@ class AwmStage(nn.Sequential):
 
 def _downsample(downsample: nn.Module, x: Tensor) -> Tuple[Tensor, Optional[nn.Module]]:
     """The shortcut's map before its BatchNorm, and that, if there is one at its end."""
-    if type(downsample) is nn.Sequential and isinstance(downsample[-1], nn.BatchNorm2d) and not has_hooks(downsample):
-        *layers, norm = downsample
-        for layer in layers:
-            x = layer(x)
-        return x, norm
-    return downsample(x), None
+    if type(downsample) is not nn.Sequential or is_intercepted(downsample):
+        return downsample(x), None
+    *layers, norm = downsample
+    for layer in layers:
+        x = layer(x)
+    return x, norm
 
 
 def insert_sum_merges(model: nn.Module, hidden_features: int = 16) -> None:
