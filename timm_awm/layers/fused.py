@@ -326,12 +326,11 @@ def fused_merge(
 
 def _pooled_conv(conv: nn.Conv2d, x: Tensor) -> Optional[Tensor]:
     """The mean of conv(x) over pixels, (batch, out_channels), from that of x, if conv is a 1x1 convolution."""
-    if conv.kernel_size != (1, 1) or conv.stride != (1, 1) or conv.padding != (0, 0):
+    if conv.kernel_size != (1, 1) or conv.stride != (1, 1) or conv.padding != (0, 0) or conv.groups != 1:
         return None
-    z = passes.mean(x)[:, :, None, None]
+    z = passes.mean(x)
     with torch.autocast(x.device.type, enabled=False):
-        bias = None if conv.bias is None else conv.bias.to(z.dtype)
-        return F.conv2d(z, conv.weight.to(z.dtype), bias, groups=conv.groups).flatten(1)
+        return F.linear(z, conv.weight.flatten(1).to(z.dtype), None if conv.bias is None else conv.bias.to(z.dtype))
 
 
 def _plain_moments(x):
