@@ -313,7 +313,8 @@ def fused_merge(
     if any(batch_stats) or _needs_grad(u, v, *params):
         return None
     paths = []
-    for x, m, known in ((u, norm, origin and _pooled_conv(*origin)), (v, shortcut_norm, pooled)):
+    mean = None if origin is None else _pooled_conv(*origin, u)
+    for x, m, known in ((u, norm, mean), (v, shortcut_norm, pooled)):
         known = passes.mean(x) if known is None else known
         if m is None:
             paths.append(_Affine(known))
@@ -324,9 +325,15 @@ def fused_merge(
     return (passes.affine_act if origin is None else passes.affine_act_)(u, v, *_coefficients(scales, paths), relu)
 
 
-def _pooled_conv(conv: nn.Conv2d, x: Tensor) -> Optional[Tensor]:
-    """The mean of conv(x) over pixels, (batch, out_channels), from that of x, if conv is a 1x1 convolution."""
-    if conv.kernel_size != (1, 1) or conv.stride != (1, 1) or conv.padding != (0, 0) or conv.groups != 1:
+def _pooled_conv(conv: nn.Conv2d, x: Tensor, u: Tensor) -> Optional[Tensor]:
+    """The mean of u = conv(x) over pixels, (batch, out_channels), from that of x, if conv is a 1x1 convolution.
+
+    None if it is another, or if u is less to read than x and the weights.
+    """
+    if (
+            conv.kernel_size != (1, 1) or conv.stride != (1, 1) or conv.padding != (0, 0) or conv.groups != 1
+            or x.numel() + conv.weight.numel() >= u.numel()
+    ):
         return None
     z = passes.mean(x)
     with torch.autocast(x.device.type, enabled=False):
