@@ -23,7 +23,7 @@ from torch.nn.modules import module as torch_module
 from . import passes
 from .functional import descriptor, mixing_logits, scaled_mixing_weights, weighted_sum
 
-__all__ = ['set_fused_merge', 'fused_merge', 'fused_concat', 'map_moments', 'is_intercepted']
+__all__ = ['set_fused_merge', 'fused_merge', 'fused_concat', 'map_moments', 'can_fuse', 'is_intercepted']
 
 torch.fx.wrap('descriptor')  # torch.fx cannot follow the dtype of a proxy
 
@@ -209,8 +209,11 @@ class _FusedMerge(Function):
             grad_bias_v)
 
 
-def _can_fuse(x: Tensor) -> bool:
-    # what exports or transforms a network sees the plain formula, and so does every tensor that is not just one
+def can_fuse(x: Tensor) -> bool:
+    """Whether there are fused merges for a map of this device and dtype, and the mode of the day allows them.
+
+    What exports or transforms a network sees the plain formula, and so does every tensor that is not just one.
+    """
     return (
         _enabled
         and type(x) is Tensor
@@ -283,7 +286,7 @@ def fused_merge(
         The merged map and its mean over its pixels, (batch, channels); or None, with nothing done, where it cannot be
         fused.
     """
-    if not _can_fuse(u):
+    if not can_fuse(u):
         return None
     norms = [norm, shortcut_norm]
     if (
@@ -399,7 +402,7 @@ def map_moments(x: Tensor, variance: bool) -> Tuple[Tensor, Tensor, Optional[Ten
         The map, to be used from now on; its `descriptor`, and its biased variance over pixels, both (batch, channels),
         None where it is not asked for or cannot be had by the way.
     """
-    if not _can_fuse(x) or not variance and torch.is_grad_enabled():
+    if not can_fuse(x) or not variance and torch.is_grad_enabled():
         return x, descriptor(x), None
     if not variance:
         return x, passes.mean(x), None
@@ -427,7 +430,7 @@ def fused_concat(
     Returns:
         (batch, sum of channels, height, width), or None, with nothing done, where it cannot be fused.
     """
-    if not _can_fuse(maps[0]):
+    if not can_fuse(maps[0]):
         return None
     batch_stats = norm is not None and (norm.training or norm.running_mean is None)
     count = maps[0][:, 0].numel()

@@ -19,7 +19,7 @@ from timm.models import DenseNet, checkpoint, generate_default_cfgs, register_mo
 from timm.models.densenet import DenseBlock, DenseLayer, _filter_torchvision_pretrained  # private: there is no other
 from torch import Tensor, nn
 
-from ..layers import ConcatMerge, descriptor, fused_concat, is_intercepted, map_moments
+from ..layers import ConcatMerge, can_fuse, descriptor, fused_concat, is_intercepted, map_moments
 from ._awm import CIFAR10_CFG, AwmModel, create_awm_model, refuse_stem_arguments
 
 __all__ = ['AwmDenseNet', 'CifarDenseNet', 'AwmCifarDenseNet', 'insert_concat_merges']
@@ -45,7 +45,8 @@ class AwmDenseLayer(DenseLayer):
     ) -> Optional[Tensor]:
         norm = self.norm1
         if (
-                self.merge is None
+                not can_fuse(maps[0])
+                or self.merge is None
                 or type(norm) is not BatchNormAct2d
                 or type(norm.act) is not nn.ReLU
                 or type(norm.drop) is not nn.Identity

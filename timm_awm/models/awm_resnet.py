@@ -17,7 +17,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import BasicBlock, Bottleneck, ResNet, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from ..layers import SumMerge, fused_merge, is_intercepted
+from ..layers import SumMerge, can_fuse, fused_merge, is_intercepted
 from ._awm import CIFAR10_CFG, AwmModel, create_awm_model, refuse_stem_arguments
 
 __all__ = ['AwmResNet', 'CifarResNet', 'AwmCifarResNet', 'insert_sum_merges']
@@ -28,11 +28,14 @@ class AwmBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.jit.is_scripting():
-            shortcut = x if self.downsample is None else self.downsample(x)
-            y = self.tail(self.last_conv(self.inner(x)), shortcut)
+            y = self.plain(x)
         else:
             y = self.forward_pooled(x)[0]
         return y
+
+    def plain(self, x: Tensor) -> Tensor:
+        shortcut = x if self.downsample is None else self.downsample(x)
+        return self.tail(self.last_conv(self.inner(x)), shortcut)
 
     @torch.jit.unused
     def forward_pooled(self, x: Tensor, pooled: Optional[Tensor] = None) -> Tuple[Tensor, Optional[Tensor]]:
@@ -45,6 +48,8 @@ class AwmBlock(nn.Module):
         Returns:
             The block's output, and the mean of that where it has come by the way.
         """
+        if not can_fuse(x):
+            return self.plain(x), None
         conv, norm, act = self.last_modules()
         inner = self.inner(x)
         u = conv(inner)
@@ -116,9 +121,9 @@ class AwmStage(nn.Sequential):
             pooled = None
             for block in self:
                 if (
-                        isinstance(block, AwmBlock)
+                        can_fuse(x)
+                        and isinstance(block, AwmBlock)
                         and type(block).forward is AwmBlock.forward
-                        and type(x) is Tensor
                         and not is_intercepted(block)
                 ):
                     x, pooled = block.forward_pooled(x, pooled)
