@@ -162,11 +162,10 @@ class _FusedMerge(Function):
         (u, v, pooled, w1, w2, weight_u, _, weight_v, _, a, b, c, z, hidden, logits, scales, *rest) = ctx.saved_tensors
         norms = (rest[0:2], rest[2:4])
         paths = (_Affine(*rest[4:7]), _Affine(*rest[7:10]))
-        need = dict(zip(('u', 'v', 'pooled', 'w1', 'w2', 'weight_u', 'bias_u', 'weight_v', 'bias_v'),
-                        ctx.needs_input_grad[2:]))
+        need_u, need_v, _, need_w1, need_w2, *_ = ctx.needs_input_grad[2:]
         pixels = u.shape[2] * u.shape[3]
         grad_u, grad_v, grad_a, grad_b, grad_c = passes.affine_act_backward(
-            grad, grad_pooled, u, v, a, b, c, ctx.constants[0], need['u'], need['v'])
+            grad, grad_pooled, u, v, a, b, c, ctx.constants[0], need_u, need_v)
 
         # through the coefficients to n λ, times n λ: all that the logits need, and no small λ is divided by
         weighted = torch.stack([
@@ -178,8 +177,8 @@ class _FusedMerge(Function):
         grad_logits = torch.sigmoid(-logits) * (weighted - lambdas * weighted.sum(1, keepdim=True))
         with torch.autocast(z.device.type, enabled=False):
             grad_hidden = (grad_logits @ w2) * (hidden > 0)
-            grad_w2 = grad_logits.t() @ hidden if need['w2'] else None
-            grad_w1 = grad_hidden.t() @ z if need['w1'] else None
+            grad_w2 = grad_logits.t() @ hidden if need_w2 else None
+            grad_w1 = grad_hidden.t() @ z if need_w1 else None
             grad_z = grad_hidden @ w1
 
         channels = u.shape[1]
