@@ -537,9 +537,3 @@ def test_damaged_checkpoint_is_not_taken_for_a_plain_one(tmp_path):
         with pytest.raises(RuntimeError, match='lacks 1 of the 12 merge weights'):
             create('awm_resnet14_cifar', pretrained=True, num_classes=num_classes,
                    pretrained_cfg_overlay=dict(file=str(tmp_path / 'damaged.safetensors')))
-
-
-def test_untrained_weights_are_not_promised():
-    assert not timm.list_pretrained('awm_*')
-    with pytest.raises(RuntimeError, match='No pretrained weights exist'):
-        create('awm_resnet14_cifar', pretrained=True)

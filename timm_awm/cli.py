@@ -1,18 +1,21 @@
 """The command `timm-awm`."""
 import argparse
+import contextlib
 import fnmatch
 import shutil
 import signal
 import sys
+import tempfile
 from pathlib import Path
-from typing import List, NoReturn, Optional
+from typing import List, NoReturn, Optional, Tuple
 
 import timm
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from . import __version__, bench, scripts
-from .layers import MixingWeights
+from .convert import GENERIC
+from .layers import count_parameters
 
 __all__ = ['main']
 
@@ -36,6 +39,8 @@ def main(args: Optional[List[str]] = None) -> int:
         '--dataset hfds/uoft-cs/cifar10 --input-key img --target-key label --split test')
     _add_bench(commands)
     _add_script(commands, 'benchmark', 'times', 'timm-awm benchmark --model awm_resnet50 --bench train -b 64 --amp')
+    _add_push(commands)
+    _add_pull(commands)
     parsed, parsed_by_script = parser.parse_known_args(args)
     if 'script' in parsed:
         parsed.args = parsed_by_script[1:] if parsed_by_script[:1] == ['--'] else parsed_by_script
@@ -93,7 +98,7 @@ def _add_models(commands) -> None:
 
 
 def _models(args: argparse.Namespace) -> None:
-    names = [name for name in timm.list_models(args.pattern) if name.startswith('awm_')]
+    names = [name for name in timm.list_models(args.pattern) if name.startswith('awm_') and name != GENERIC]
     if not names:
         raise ValueError(f'No AWM model is called {args.pattern!r}; without a pattern all are listed.')
     print('| model | image | parameters | of them in merges | merges | GMACs |')
@@ -104,12 +109,10 @@ def _models(args: argparse.Namespace) -> None:
             image = torch.empty(1, *model.pretrained_cfg['input_size'])
         with torch.inference_mode(), FlopCounterMode(display=False) as counter:
             model(image)
-        merges = [m for m in model.modules() if isinstance(m, MixingWeights)]
         size = 'x'.join(map(str, image.shape[2:]))
-        total = sum(p.numel() for p in model.parameters())
-        in_merges = sum(p.numel() for m in merges for p in m.parameters())
+        total, in_merges, merges = count_parameters(model)
         gmacs = counter.get_total_flops() / 2e9
-        print(f'| {name} | {size} | {total:,} | {in_merges:,} | {len(merges)} | {gmacs:.3g} |')
+        print(f'| {name} | {size} | {total:,} | {in_merges:,} | {merges} | {gmacs:.3g} |')
 
 
 def _add_recipes(commands) -> None:
@@ -213,6 +216,127 @@ def _bench(args: argparse.Namespace) -> None:
         repeats=args.repeats,
         csv=args.csv,
     ))
+
+
+def _add_push(commands) -> None:
+    parser = commands.add_parser(
+        'push',
+        help='publish a trained model on the Hugging Face Hub',
+        description='Publishes what train.py left of an AWM model, or a folder in the format of the Hub, in one '
+                    'commit, and fetches it back to compare. A new repository is private. Your token: hf auth login.',
+        epilog='Example: timm-awm push output/train/RUN me/awm_resnet20_cifar.t3_c10 --checkpoint best; without the '
+               'Hub: timm-awm push output/train/RUN --dry-run --output awm_resnet20_cifar.t3_c10',
+    )
+    parser.add_argument(
+        'source', type=Path, metavar='RUN_OR_FOLDER',
+        help="a run's folder, or a Hub folder; with --all a folder of those")
+    parser.add_argument(
+        'repo_id', nargs='?', metavar='REPO_ID', help='OWNER/NAME, or NAME of yours; with --all: OWNER (you)')
+    parser.add_argument('--all', action='store_true', help='publish all Hub folders in a folder, under their names')
+    parser.add_argument('--dry-run', action='store_true', help='write the Hub folder and publish nothing')
+    parser.add_argument('--output', type=Path, metavar='FOLDER', help='new Hub folder to keep (of a run; RUN/NAME)')
+    of_run = parser.add_argument_group('of a run')
+    of_run.add_argument(
+        '--checkpoint', default='last', metavar='last|best|FILE', help='which weights (%(default)s)')
+    of_run.add_argument(
+        '--ema', action=argparse.BooleanOptionalAction, default=True, help='averaged weights, if there are such (yes)')
+    of_run.add_argument('--tag', help='of the weights, such as t3_c10 (what follows the dot in NAME)')
+    of_run.add_argument('--license', help='of the weights (that of the weights the run started from, or apache-2.0)')
+    of_run.add_argument('--label-names', type=Path, metavar='FILE', help='names of the classes, a line each')
+    of_run.add_argument('--recipe', help='the recipe or YAML file that the run was started with, to go with it')
+    of_run.add_argument(
+        '--dataset-id', metavar='ID', help="the data set's name on the Hub, if the run does not know it")
+    of_run.add_argument(
+        '--results', nargs='+', default=[], metavar='SPLIT=FILE', help='what validate.py wrote by --results-file')
+    to_hub = parser.add_argument_group('to the Hub')
+    to_hub.add_argument('--public', action='store_true', help='visibility of a new repository')
+    to_hub.add_argument('--revision', metavar='BRANCH', help='branch to commit to, made if need be (main)')
+    to_hub.add_argument('--create-pr', action='store_true', help='open a pull request instead')
+    parser.set_defaults(run=_push)
+
+
+def _push(args: argparse.Namespace) -> None:
+    from . import hub
+
+    def publish(folder: Path, repo_id: str) -> None:
+        url = hub.push(folder, repo_id, private=not args.public, revision=args.revision, create_pr=args.create_pr)
+        print(f'{folder}: published, fetched back and compared: {url}')
+
+    is_folder = (args.source / 'config.json').is_file()
+    if args.all:
+        folders = sorted(path.parent for path in args.source.glob('*/config.json'))
+        if not folders:
+            raise ValueError(f'There is no Hub folder in {args.source}.')
+        for folder in folders:
+            if args.dry_run:
+                hub.load_folder(folder)
+                print(f'{folder}: can be published')
+            else:
+                publish(folder, f'{args.repo_id}/{folder.name}' if args.repo_id else folder.name)
+        return
+    if not args.repo_id and not args.dry_run:
+        raise ValueError('Where to? Name a REPO_ID, or use --dry-run.')
+    if is_folder:
+        if args.dry_run:
+            hub.load_folder(args.source)
+            print(f'{args.source}: can be published')
+        else:
+            publish(args.source, args.repo_id)
+        return
+    name = args.repo_id.rpartition('/')[2] if args.repo_id else f'{args.source.resolve().name}-hub'
+    with contextlib.ExitStack() as stack:
+        if args.output or args.dry_run:
+            folder = args.output or args.source / name
+        else:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()), name)
+        hub.export_run(
+            args.source,
+            folder,
+            checkpoint=args.checkpoint,
+            use_ema=args.ema,
+            tag=args.tag or folder.name.partition('.')[2] or None,
+            license=args.license,
+            label_names=args.label_names and args.label_names.read_text(encoding='utf-8').splitlines(),
+            recipe=args.recipe,
+            data_id=args.dataset_id,
+            results=dict(_split_and_file(text) for text in args.results),
+        )
+        if args.dry_run:
+            print(f'{folder}: can be published by timm-awm push {folder} OWNER/{folder.name}')
+        else:
+            publish(folder, args.repo_id)
+
+
+def _split_and_file(text: str) -> Tuple[str, Path]:
+    split, equals, file = text.partition('=')
+    if not equals:
+        raise ValueError(f'--results takes SPLIT=FILE, such as test=results.json, not {text!r}.')
+    return split, Path(file)
+
+
+def _add_pull(commands) -> None:
+    parser = commands.add_parser(
+        'pull',
+        help='fetch a model from the Hugging Face Hub and check it',
+        description='Fetches an AWM model from the Hub, compares every file with its hash there, loads the model and '
+                    'says what it is. With HF_HUB_OFFLINE=1 it is taken from the cache.',
+        epilog='Example: timm-awm pull me/awm_resnet20_cifar.t3_c10 --output awm_resnet20_cifar.t3_c10',
+    )
+    parser.add_argument('repo_id', metavar='REPO_ID', help='OWNER/NAME')
+    parser.add_argument('--output', type=Path, metavar='FOLDER', help="new folder (the Hub's cache)")
+    parser.add_argument('--revision', help='branch, tag, commit or pull request (main)')
+    parser.add_argument(
+        '--allow-pickle', action='store_true',
+        help='take weights in pickle form if there are no others, and write them as safetensors into --output')
+    parser.set_defaults(run=_pull)
+
+
+def _pull(args: argparse.Namespace) -> None:
+    from . import hub
+    pulled = hub.pull(args.repo_id, args.output, args.revision, args.allow_pickle)
+    print(hub.describe(pulled.folder, pulled.model))
+    compared = 'compared' if pulled.verified else 'not compared, for the Hub is not asked (HF_HUB_OFFLINE)'
+    print(f'Commit {pulled.commit}, {compared} with its hashes on the Hub. Folder: {pulled.folder}')
 
 
 def _add_script(commands, name: str, does: str, example: str) -> None:

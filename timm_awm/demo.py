@@ -1,6 +1,4 @@
 """The whole way of an AWM model in about a minute: train, save, load, look inside. Offline, on a CPU."""
-import os
-import tempfile
 from pathlib import Path
 from typing import Any, Dict, Tuple
 
@@ -12,7 +10,6 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from timm.data import create_loader, resolve_data_config
-from timm.models import save_for_hf
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import AverageMeter, CheckpointSaver, accuracy, random_seed, update_summary
@@ -21,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from .analysis import collect_mixing_weights, plot_profile
+from .hub import new_folder, save_for_hub
 
 matplotlib.use('Agg')  # before pyplot is imported, for machines without a screen
 import matplotlib.pyplot as plt
@@ -55,8 +53,7 @@ def run(output: Path, epochs: int = 12, period: int = 2, seed: int = 0) -> None:
     """Train MODEL on scikit-learn's digits with alternating phases and leave all that comes of it in a folder.
 
     Args:
-        output: The folder, must not exist. It appears when everything in it is complete; until then a hidden folder
-            stands beside it, which only SIGKILL can leave behind.
+        output: New folder, which appears when everything in it is complete.
         epochs: Passes over the training images.
         period: Epochs of a phase.
         seed: Of weights, order and crops.
@@ -65,14 +62,8 @@ def run(output: Path, epochs: int = 12, period: int = 2, seed: int = 0) -> None:
         FileExistsError: The folder exists.
         RuntimeError: The model that was loaded back predicts something else.
     """
-    if output.exists():
-        raise FileExistsError(f'{output} exists already: remove it, or choose another folder with --output.')
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f'.{output.name}.', dir=output.parent) as folder:
-        partial = Path(folder) / output.name
-        partial.mkdir()
+    with new_folder(output) as partial:
         _run(partial, epochs, period, seed)
-        os.replace(partial, output)
     print(f'Everything is in {output}: hub/ (the model), checkpoints/, summary.csv, lambda-profile.png')
 
 
@@ -99,7 +90,7 @@ def _run(output: Path, epochs: int, period: int, seed: int) -> None:
         scheduler.step(epoch + 1)
     print(f'Held-out accuracy after the last epoch: {top1:.1f} %')
 
-    save_for_hf(model, str(output / 'hub'), safe_serialization=True)
+    save_for_hub(model, output / 'hub')
     reloaded = timm.create_model(f'local-dir:{output / "hub"}', pretrained=True)
     if not torch.equal(_logits(model, test), _logits(reloaded, test)):
         raise RuntimeError('The model that was saved and loaded back does not predict the same.')

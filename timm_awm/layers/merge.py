@@ -5,7 +5,7 @@ for sums, section 4.3 and Fig. 8 for concatenations.
 """
 import math
 import weakref
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import torch
 import torch.fx
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .functional import descriptor, mixing_logits, scaled_mixing_weights, weighted_concat, weighted_sum
 from .fused import fused_concat, fused_merge
 
-__all__ = ['MixingWeights', 'SumMerge', 'ConcatMerge', 'merge_parameters']
+__all__ = ['MixingWeights', 'SumMerge', 'ConcatMerge', 'count_parameters', 'merge_parameters']
 
 # torch.fx cannot follow the dtype and the device of a proxy
 torch.fx.wrap('descriptor')
@@ -133,6 +133,13 @@ class ConcatMerge(nn.Module):
 def merge_parameters() -> List[nn.Parameter]:
     """The parameters of all merges that are alive in this process."""
     return [p for mix in list(_live) for p in mix.parameters()]
+
+
+def count_parameters(model: nn.Module) -> Tuple[int, int, int]:
+    """The number of parameters of a model, of those in its merges, and of its merges."""
+    merges = [m for m in model.modules() if isinstance(m, MixingWeights)]
+    in_merges = sum(p.numel() for m in merges for p in m.parameters())
+    return sum(p.numel() for p in model.parameters()), in_merges, len(merges)
 
 
 def renew_compiled_guards() -> None:

@@ -13,7 +13,6 @@ from typing import Any, Dict, List, Optional
 
 import torch
 import torch.nn.functional as F
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import BatchNormAct2d
 from timm.models import DenseNet, checkpoint, generate_default_cfgs, register_model
 from timm.models.densenet import DenseBlock, DenseLayer, _filter_torchvision_pretrained  # private: there is no other
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 
 from ..layers import ConcatMerge, can_fuse, descriptor, fused_concat, is_intercepted, map_moments
 from ._awm import CIFAR10_CFG, AwmModel, create_awm_model, refuse_stem_arguments
+from ._weights import identity_cfgs
 
 __all__ = ['AwmDenseNet', 'CifarDenseNet', 'AwmCifarDenseNet', 'insert_concat_merges']
 
@@ -234,25 +234,17 @@ def _create_awm_densenet_cifar(
     )
 
 
-def _cfg(**kwargs) -> Dict[str, Any]:
-    return {
-        'num_classes': 1000, 'input_size': (3, 224, 224), 'pool_size': (7, 7),
-        'crop_pct': 0.875, 'interpolation': 'bicubic',
-        'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD,
-        'first_conv': 'features.conv0', 'classifier': 'classifier', 'license': 'apache-2.0',
-        **kwargs,
-    }
-
+CIFAR_CFG = dict(CIFAR10_CFG, first_conv='features.conv0', classifier='classifier')
 
 default_cfgs = generate_default_cfgs({
-    'awm_densenet121.untrained': _cfg(),
-    'awm_densenet161.untrained': _cfg(),
-    'awm_densenet169.untrained': _cfg(),
-    'awm_densenet201.untrained': _cfg(),
-    'awm_densenet22_cifar.untrained': _cfg(**CIFAR10_CFG),
-    'awm_densenet28_cifar.untrained': _cfg(**CIFAR10_CFG),
-    'awm_densenet34_cifar.untrained': _cfg(**CIFAR10_CFG),
-    'awm_densenet40_cifar.untrained': _cfg(**CIFAR10_CFG),
+    **identity_cfgs('awm_densenet121'),
+    **identity_cfgs('awm_densenet161'),
+    **identity_cfgs('awm_densenet169'),
+    **identity_cfgs('awm_densenet201'),
+    'awm_densenet22_cifar.untrained': CIFAR_CFG,
+    'awm_densenet28_cifar.untrained': CIFAR_CFG,
+    'awm_densenet34_cifar.untrained': CIFAR_CFG,
+    'awm_densenet40_cifar.untrained': CIFAR_CFG,
 })
 
 

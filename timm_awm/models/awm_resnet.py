@@ -10,15 +10,15 @@ Papers:
 * `Aggregated Residual Transformations for Deep Neural Networks` - https://arxiv.org/abs/1611.05431
 * `Wide Residual Networks` - https://arxiv.org/abs/1605.07146
 """
-from typing import Any, Dict, List, Optional, Tuple, Union
+from typing import List, Optional, Tuple, Union
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import BasicBlock, Bottleneck, ResNet, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from ..layers import SumMerge, can_fuse, fused_merge, is_intercepted
 from ._awm import CIFAR10_CFG, AwmModel, create_awm_model, refuse_stem_arguments
+from ._weights import identity_cfgs
 
 __all__ = ['AwmResNet', 'CifarResNet', 'AwmCifarResNet', 'insert_sum_merges']
 
@@ -297,44 +297,36 @@ def _create_awm_resnet_cifar(
     )
 
 
-def _cfg(**kwargs) -> Dict[str, Any]:
-    return {
-        'num_classes': 1000, 'input_size': (3, 224, 224), 'pool_size': (7, 7),
-        'crop_pct': 0.875, 'interpolation': 'bicubic',
-        'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD,
-        'first_conv': 'conv1', 'classifier': 'fc', 'license': 'apache-2.0',
-        **kwargs,
-    }
-
+CIFAR_CFG = dict(CIFAR10_CFG, first_conv='conv1', classifier='fc')
 
 default_cfgs = generate_default_cfgs({
-    'awm_resnet18.untrained': _cfg(),
-    'awm_resnet18d.untrained': _cfg(first_conv='conv1.0'),
-    'awm_resnet26.untrained': _cfg(),
-    'awm_resnet26d.untrained': _cfg(first_conv='conv1.0'),
-    'awm_resnet34.untrained': _cfg(),
-    'awm_resnet34d.untrained': _cfg(first_conv='conv1.0'),
-    'awm_resnet50.untrained': _cfg(),
-    'awm_resnet50d.untrained': _cfg(first_conv='conv1.0'),
-    'awm_resnet101.untrained': _cfg(),
-    'awm_resnet101d.untrained': _cfg(first_conv='conv1.0'),
-    'awm_resnet152.untrained': _cfg(),
-    'awm_resnet152d.untrained': _cfg(first_conv='conv1.0'),
-    'awm_resnext50_32x4d.untrained': _cfg(),
-    'awm_resnext50d_32x4d.untrained': _cfg(first_conv='conv1.0'),
-    'awm_resnext101_32x4d.untrained': _cfg(),
-    'awm_resnext101_32x8d.untrained': _cfg(),
-    'awm_resnext101_32x16d.untrained': _cfg(),
-    'awm_resnext101_32x32d.untrained': _cfg(),
-    'awm_resnext101_64x4d.untrained': _cfg(),
-    'awm_wide_resnet50_2.untrained': _cfg(),
-    'awm_wide_resnet101_2.untrained': _cfg(),
-    'awm_resnet14_cifar.untrained': _cfg(**CIFAR10_CFG),
-    'awm_resnet20_cifar.untrained': _cfg(**CIFAR10_CFG),
-    'awm_resnet32_cifar.untrained': _cfg(**CIFAR10_CFG),
-    'awm_resnet44_cifar.untrained': _cfg(**CIFAR10_CFG),
-    'awm_resnet56_cifar.untrained': _cfg(**CIFAR10_CFG),
-    'awm_resnet110_cifar.untrained': _cfg(**CIFAR10_CFG),
+    **identity_cfgs('awm_resnet18'),
+    **identity_cfgs('awm_resnet18d'),
+    **identity_cfgs('awm_resnet26'),
+    **identity_cfgs('awm_resnet26d'),
+    **identity_cfgs('awm_resnet34'),
+    **identity_cfgs('awm_resnet34d'),
+    **identity_cfgs('awm_resnet50'),
+    **identity_cfgs('awm_resnet50d'),
+    **identity_cfgs('awm_resnet101'),
+    **identity_cfgs('awm_resnet101d'),
+    **identity_cfgs('awm_resnet152'),
+    **identity_cfgs('awm_resnet152d'),
+    **identity_cfgs('awm_resnext50_32x4d'),
+    **identity_cfgs('awm_resnext50d_32x4d'),
+    **identity_cfgs('awm_resnext101_32x4d'),
+    **identity_cfgs('awm_resnext101_32x8d'),
+    **identity_cfgs('awm_resnext101_32x16d'),
+    **identity_cfgs('awm_resnext101_32x32d'),
+    **identity_cfgs('awm_resnext101_64x4d'),
+    **identity_cfgs('awm_wide_resnet50_2'),
+    **identity_cfgs('awm_wide_resnet101_2'),
+    'awm_resnet14_cifar.untrained': CIFAR_CFG,
+    'awm_resnet20_cifar.untrained': CIFAR_CFG,
+    'awm_resnet32_cifar.untrained': CIFAR_CFG,
+    'awm_resnet44_cifar.untrained': CIFAR_CFG,
+    'awm_resnet56_cifar.untrained': CIFAR_CFG,
+    'awm_resnet110_cifar.untrained': CIFAR_CFG,
 })
 
 

@@ -1,0 +1,235 @@
+import copy
+import json
+
+import pytest
+import timm
+import torch
+from timm.layers import BatchNormAct2d
+from timm.models import BasicBlock, ResNet
+from timm.optim import create_optimizer_v2
+from torch import nn
+
+import timm_awm
+from timm_awm import convert
+from timm_awm.hub import load_folder, save_for_hub
+from timm_awm.layers import MixingWeights
+from timm_awm.models import AwmCifarResNet, AwmDenseNet, AwmResNet
+
+# one of each kind of timm's networks that is small enough to run
+KINDS = [
+    'resnet10t', 'resnet18d', 'resnet26t', 'resnet50s', 'resnet50_gn', 'resnext50d_32x4d', 'wide_resnet50_2',
+    'seresnet50', 'seresnext26d_32x4d', 'ecaresnet26t', 'ecaresnet50d_pruned', 'resnetaa34d', 'resnetblur18',
+    'resnetrs50', 'seresnetaa50d', 'test_resnet', 'densenet121', 'densenetblur121d',
+]
+MODULES = ('resnet', 'densenet', 'res2net', 'resnest', 'sknet')
+
+
+@pytest.fixture(autouse=True)
+def exact(unfused):
+    """Fused merges round."""
+
+
+def randomised(model):
+    """Statistics and scales of batch norm away from where they start, so that no path is zero."""
+    torch.manual_seed(2)
+    for m in model.modules():
+        if isinstance(m, (nn.BatchNorm2d, BatchNormAct2d)):
+            nn.init.uniform_(m.weight, 0.5, 1.5)
+            nn.init.normal_(m.running_mean, std=0.1)
+            nn.init.uniform_(m.running_var, 0.5, 1.5)
+    return model
+
+
+def trained(model):
+    """With its merges away from the identity."""
+    torch.manual_seed(3)
+    for m in model.modules():
+        if isinstance(m, MixingWeights):
+            nn.init.normal_(m.weight2)
+    return model
+
+
+def images(*shape):
+    return torch.randn(*(shape or (2, 3, 64, 64)), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize('name', KINDS)
+def test_same_function_and_names(name):
+    torch.manual_seed(0)
+    model = randomised(timm.create_model(name)).eval()
+    expected = model(images())
+    names, parameters = list(model.state_dict()), list(model.parameters())
+    converted = convert(model)
+    assert converted is model
+    assert torch.equal(model(images()), expected)
+    assert [k for k in model.state_dict() if '.merge.' not in k] == names
+    kept = {id(p) for p in model.parameters()}
+    assert all(id(p) in kept for p in parameters)
+    assert not torch.equal(trained(model)(images()), expected)
+
+
+def test_every_network_of_the_two_classes_or_why_not(capsys):
+    names = [name for module in MODULES for name in timm.list_models(module=module)]
+    refused = {}
+    for name in names:
+        with torch.device('meta'):
+            model = timm.create_model(name)
+        assert type(model).__name__ in ('ResNet', 'DenseNet')
+        before = list(model.state_dict())
+        try:
+            convert(model)
+        except TypeError as error:
+            refused[name] = str(error)
+            assert list(model.state_dict()) == before and type(model) is ResNet
+            continue
+        merges = [m for m in model.modules() if isinstance(m, MixingWeights)]
+        sums = sum(m.__class__.__name__ in ('AwmBasicBlock', 'AwmBottleneck') for m in model.modules())
+        layers = sum(m.__class__.__name__ == 'AwmDenseLayer' for m in model.modules())
+        assert len(merges) == sums + layers > 0  # a dense block has one at its end, none in its first layer
+        assert [k for k in model.state_dict() if '.merge.' not in k] == before
+    with capsys.disabled():
+        print(f' {len(names) - len(refused)} of {len(names)} converted', end='')
+    assert len(names) >= 109
+    own_blocks = ('res2net', 'res2next', 'resnest', 'skresne')  # that timm has, and does the adding in
+    assert {name for name in names if name.startswith(own_blocks)} == set(refused)
+    assert all('Bottle2neck' in e or 'ResNestBottleneck' in e or 'SelectiveKernel' in e for e in refused.values())
+
+
+@pytest.mark.parametrize('name', ['seresnet50', 'densenet121'])
+def test_as_it_stands_in_training(name):
+    """Train mode, drop path, double precision, channels-last, frozen parts, hooks, an optimizer that knows it."""
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=7, **(dict(drop_path_rate=0.5) if name == 'seresnet50' else {}))
+    model = randomised(model).double().to(memory_format=torch.channels_last)
+    model.get_classifier().requires_grad_(False)
+    plain = copy.deepcopy(model)
+    calls = []
+    first = next(m for m in model.modules() if isinstance(m, nn.Conv2d))
+    first.register_forward_hook(lambda *_: calls.append(1))
+    convert(model)
+    assert all(m.training for m in model.modules())
+    assert {p.dtype for p in model.parameters()} == {torch.float64}
+    x = images().double()
+    torch.manual_seed(5)
+    expected = plain(x)
+    expected.square().mean().backward()
+    torch.manual_seed(5)
+    result = model(x)
+    result.square().mean().backward()
+    assert torch.equal(result, expected) and calls
+    own = dict(model.named_parameters())
+    for key, p in plain.named_parameters():
+        assert (own[key].grad is None) == (p.grad is None)
+        torch.testing.assert_close(own[key].grad, p.grad, rtol=1e-9, atol=1e-12)
+    assert torch.equal(dict(model.named_buffers())[[*dict(plain.named_buffers())][0]], [*plain.buffers()][0])
+    optimizer = create_optimizer_v2(model, opt='alternating', base='sgd', period=1, lr=0.1)
+    optimizer.set_epoch(1)
+    model(x).square().mean().backward()
+    before = {k: v.clone() for k, v in model.state_dict().items() if k in own}
+    optimizer.step()
+    moved = {k for k in own if not torch.equal(before[k], own[k])}
+    assert moved and all('.merge.' in k for k in moved)
+
+
+def test_width_of_the_hidden_layer():
+    model = convert(timm.create_model('resnet10t'), awm_hidden=5)
+    assert {len(m.weight1) for m in model.modules() if isinstance(m, MixingWeights)} == {5}
+
+
+def test_classes():
+    assert type(convert(timm.create_model('resnet18'))) is AwmResNet
+    assert type(convert(timm.create_model('densenet121'))) is AwmDenseNet
+    assert type(convert(timm.create_model('awm_resnet14_cifar', awm=False))) is AwmCifarResNet
+
+
+@pytest.mark.parametrize('make, message', [
+    (lambda: timm.create_model('awm_resnet14_cifar'), 'AwmCifarResNet has merges already'),
+    (lambda: timm.create_model('convnext_atto'), 'ConvNeXt is none of the classes'),
+    (lambda: timm.create_model('resnet18', features_only=True), 'FeatureListNet is none of the classes'),
+    (lambda: nn.DataParallel(timm.create_model('resnet18')), 'DataParallel is none of the classes'),
+    (lambda: timm.create_model('skresnet18'), 'made of SelectiveKernelBasic'),
+])
+def test_what_cannot_be_converted(make, message):
+    model = make()
+    before = model.state_dict().keys()
+    with pytest.raises(TypeError, match=message):
+        convert(model)
+    assert model.state_dict().keys() == before
+
+
+# what timm keeps no record of before 1.0.31 and of which a configuration must be told
+ARGUMENTS = {
+    'seresnet50': {}, 'densenetblur121d': {}, 'resnet18': {}, 'ecaresnet26t': dict(awm_hidden=5),
+    'resnet10t': dict(in_chans=1, num_classes=3, global_pool='catavgmax'),
+}
+
+
+@pytest.mark.parametrize('name', ARGUMENTS)
+def test_export_builds_it_again(name, tmp_path):
+    args = dict(ARGUMENTS[name])
+    hidden = args.pop('awm_hidden', None)
+    torch.manual_seed(0)
+    model = trained(convert(randomised(timm.create_model(name, **args)), hidden)).eval()
+    model = model.to(memory_format=torch.channels_last)
+    save_for_hub(model, tmp_path / 'out')
+    again = load_folder(tmp_path / 'out').eval()
+    assert type(again) is type(model)
+    x = images(2, args.get('in_chans', 3), 64, 64)
+    assert torch.equal(again(x), model.to(memory_format=torch.contiguous_format)(x))
+    config = json.loads((tmp_path / 'out' / 'config.json').read_text())
+    assert config['architecture'] == ('awm_resnet18' if name == 'resnet18' else 'awm_converted')
+    assert 'import timm_awm' in config['pretrained_cfg']['description']
+    # those of timm's weights are not its own
+    assert not {'tag', 'hf_hub_id', 'url', 'license', 'paper_ids'} & config['pretrained_cfg'].keys()
+    assert 'import timm_awm' in (tmp_path / 'out' / 'README.md').read_text()
+
+
+@pytest.mark.parametrize('args, missing', [
+    (dict(output_stride=16), 'output_stride'),
+    (dict(block_args=dict(attn_layer='se')), 'attn_layer'),
+    (dict(avg_down=True), 'avg_down'),
+    (dict(stem_type='deep'), 'stem_type'),
+    (dict(act_layer='silu'), 'act_layer'),
+    (dict(block_reduce_first=2), 'block_reduce_first'),
+])
+def test_export_names_the_missing_argument(args, missing, tmp_path):
+    model = randomised(timm.create_model('resnet18', **args))
+    model._model_args = {}  # as before timm 1.0.31
+    model = trained(convert(model))
+    with pytest.raises(ValueError, match=f'Missing in model_args is probably .*{missing}'):
+        save_for_hub(model, tmp_path / 'out')
+    assert not list(tmp_path.iterdir())
+    save_for_hub(model, tmp_path / 'out', model_args=args)
+    assert torch.equal(load_folder(tmp_path / 'out').eval()(images()), model.eval()(images()))
+
+
+def test_export_of_what_timm_did_not_build(tmp_path):
+    model = convert(ResNet(BasicBlock, (1, 1, 1, 1)))
+    with pytest.raises(ValueError, match='not created by timm'):
+        save_for_hub(model, tmp_path / 'out')
+    with pytest.raises(ValueError, match="3 label names for 10 classes"):
+        save_for_hub(timm.create_model('awm_resnet14_cifar'), tmp_path / 'out', label_names=['a', 'b', 'c'])
+
+
+def test_awm_converted_is_its_base_with_merges():
+    torch.manual_seed(0)
+    model = timm.create_model('awm_converted', base='seresnet50.ra2_in1k', num_classes=5)
+    torch.manual_seed(0)
+    expected = convert(timm.create_model('seresnet50', num_classes=5))
+    assert model.eval()(images()).shape == (2, 5)
+    assert model.state_dict().keys() == expected.state_dict().keys()
+    assert model.pretrained_cfg['hf_hub_id'] == 'timm/seresnet50.ra2_in1k'
+    assert model.pretrained_cfg['tag'] == 'ra2_in1k_identity'
+    plain = timm.create_model('awm_converted', base='seresnet50', awm=False)
+    assert type(plain) is ResNet
+    for base in ('densenetblur121d', 'seresnet50'):
+        features = timm.create_model('awm_converted', base=base, features_only=True).eval()(images())
+        plain_features = timm.create_model(base, features_only=True).eval()(images())
+        assert [f.shape for f in features] == [f.shape for f in plain_features]
+    for base in ('awm_resnet50', 'no_such_model'):
+        with pytest.raises(ValueError, match=f"plain ResNet or DenseNet of timm, not '{base}'"):
+            timm.create_model('awm_converted', base=base)
+
+
+def test_public_name():
+    assert timm_awm.convert is convert

@@ -1,0 +1,205 @@
+"""From what timm's train.py leaves to a folder for the Hub."""
+import argparse
+import csv
+import json
+import pickle
+import re
+import shutil
+from pathlib import Path
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
+
+import timm
+import torch
+import yaml
+from timm.data import create_dataset, resolve_data_config
+from timm.models import clean_state_dict
+
+from .. import scripts
+from .card import Measured, Training, write_card
+from .folder import new_folder, write_model
+
+__all__ = ['export_run']
+
+# of an absolute path, or one that starts at a home or at a folder above: all but its last part
+PRIVATE = re.compile(r'(?<![^\s:/=])(?:[A-Za-z]:[\\/]|~[^\s\\/]*[\\/]|(?:\.\.[\\/])+|/|\\\\)(?:[^\s]*[\\/](?=[^\s]))?')
+
+
+def export_run(
+        run: Path,
+        folder: Path,
+        checkpoint: str = 'last',
+        use_ema: bool = True,
+        tag: Optional[str] = None,
+        license: Optional[str] = None,
+        label_names: Optional[Sequence[str]] = None,
+        recipe: Optional[str] = None,
+        data_id: Optional[str] = None,
+        results: Optional[Mapping[str, Path]] = None,
+) -> None:
+    """Writes what train.py left of an AWM model as a folder for the Hub.
+
+    Args:
+        run: The run's folder, with args.yaml, summary.csv and checkpoints.
+        folder: New folder, of the name that the repository is to have.
+        checkpoint: 'last', 'best' (of the evaluated epochs), or a file.
+        use_ema: Take the averaged weights, if the run kept such. They are what train.py evaluates then.
+        tag: Of these weights, such as t3_c10.
+        license: Of these weights; if not given, that of the weights which the run started from, or else apache-2.0.
+        label_names: Of the classes, in order; if not given, those of the data set, if it is at hand.
+        recipe: The YAML file, or the name of the recipe, that the run was started with.
+        data_id: The data set's name on the Hub, if args.yaml does not say it.
+        results: For a split, such as 'test', what timm's validate.py measured there with --results-file.
+
+    Raises:
+        FileExistsError: The folder exists.
+        FileNotFoundError: Something is missing in the run.
+        ValueError: What is there is damaged or does not fit together.
+    """
+    args = _read_args(run)
+    path = _checkpoint(run, checkpoint)
+    epoch, state_dict, is_ema = _read_checkpoint(path, use_ema)
+    norm_args = {name: args[name] for name in ('bn_momentum', 'bn_eps') if args.get(name) is not None}
+    model_args = {**norm_args, **(args.get('model_kwargs') or {})}
+    model = timm.create_model(
+        args['model'],
+        in_chans=args.get('in_chans') or (args.get('input_size') or [3])[0],
+        num_classes=args.get('num_classes'),
+        global_pool=args.get('gp'),
+        **model_args,
+    )
+    model.load_state_dict(state_dict)
+    data, found_id = _data(args)
+    cfg = dict(resolve_data_config(args, model=model))
+    start = model.pretrained_cfg if args.get('pretrained') and not args.get('pretrained_path') else {}
+    cfg.update(
+        license=license or start.get('license') or 'apache-2.0',
+        paper_ids='arXiv:1811.06878',
+        description=(
+            f'{args["model"]} trained on {data}. Needs the package timm-awm: pip install timm-awm, import timm_awm.'),
+        **(dict(tag=tag) if tag else {}),
+    )
+    rows = _summary(run)
+    measured = [_measured(split, file) for split, file in (results or {}).items()]
+    as_evaluated = is_ema == bool(args.get('model_ema'))
+    if as_evaluated and 'eval_top1' in rows.get(epoch, {}):
+        row = rows[epoch]
+        measured.append(Measured(
+            str(args.get('val_split')), float(row['eval_top1']), float(row['eval_top5']), f'train.py, epoch {epoch}'))
+    training = Training(
+        args=args,
+        epoch=epoch,
+        weights=path.name + (', averaged (EMA)' if is_ema else ''),
+        data=data,
+        data_id=data_id or found_id,
+        measured=measured,
+        best=max((float(row['eval_top1']) for row in rows.values() if 'eval_top1' in row), default=None),
+        base_model=start.get('hf_hub_id'),
+    )
+    with new_folder(folder) as partial:
+        write_model(model, partial, model_args, cfg, label_names or _label_names(args, model.num_classes))
+        (partial / 'args.yaml').write_text(yaml.safe_dump(_without_paths(args)), encoding='utf-8')
+        shutil.copyfile(run / 'summary.csv', partial / 'summary.csv')
+        if recipe:
+            shutil.copyfile(scripts.find_recipe(recipe), partial / 'recipe.yaml')
+        training.args = _without_paths(args)
+        write_card(partial, model, training)
+
+
+def _read_args(run: Path) -> Dict[str, Any]:
+    path = run / 'args.yaml'
+    if not path.is_file():
+        raise FileNotFoundError(f'There is no args.yaml in {str(run)!r}: it is no folder of a run of train.py.')
+    try:
+        args = yaml.safe_load(path.read_text(encoding='utf-8'))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f'{path} is damaged: {error}') from error
+    if not isinstance(args, dict) or 'model' not in args:
+        raise ValueError(f'{path} does not say which model was trained.')
+    return args
+
+
+def _checkpoint(run: Path, checkpoint: str) -> Path:
+    if checkpoint == 'last':
+        path = scripts.find_checkpoint(run)
+        if path is None:
+            raise FileNotFoundError(f'There is no checkpoint in {str(run)!r}.')
+        return path
+    path = run / 'model_best.pth.tar' if checkpoint == 'best' else Path(checkpoint)
+    if not path.is_file():
+        raise FileNotFoundError(f'There is no checkpoint {str(path)!r}.')
+    return path
+
+
+def _read_checkpoint(path: Path, use_ema: bool) -> Tuple[int, Dict[str, Any], bool]:
+    """Epoch and weights of a checkpoint of train.py, and whether they are the averaged ones."""
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):  # train.py puts its arguments in
+            saved = torch.load(path, map_location='cpu', weights_only=True)
+        is_ema = use_ema and saved.get('state_dict_ema') is not None
+        return saved['epoch'], clean_state_dict(saved['state_dict_ema' if is_ema else 'state_dict']), is_ema
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, AttributeError) as error:
+        raise ValueError(f'{path} is damaged, or no checkpoint of train.py: {error}') from error
+
+
+def _summary(run: Path) -> Dict[int, Dict[str, str]]:
+    """The rows of summary.csv by epoch. A resumed run has its header again and may have an epoch twice: the last one
+    counts."""
+    path = run / 'summary.csv'
+    if not path.is_file():
+        raise FileNotFoundError(f'There is no summary.csv in {str(run)!r}.')
+    with path.open(newline='', encoding='utf-8') as file:
+        return {int(row['epoch']): row for row in csv.DictReader(file) if row['epoch'] != 'epoch'}
+
+
+def _measured(split: str, path: Path) -> Measured:
+    """What validate.py wrote, as JSON or as CSV."""
+    text = path.read_text(encoding='utf-8')
+    try:
+        rows: List[Mapping[str, Any]] = list(csv.DictReader(text.splitlines()))
+        if text.lstrip().startswith(('{', '[')):
+            read = json.loads(text)
+            rows = read if isinstance(read, list) else [read]
+        row, = rows
+        return Measured(split, float(row['top1']), float(row['top5']), 'validate.py')
+    except (KeyError, ValueError, TypeError) as error:
+        raise ValueError(f'{path} is not what validate.py writes about one model: {error}') from error
+
+
+def _data(args: Mapping[str, Any]) -> Tuple[str, Optional[str]]:
+    """The name of a run's data set, and that on the Hub if it came from there."""
+    scheme, _, name = str(args.get('dataset') or '').partition('/')
+    if scheme == 'hfds' and re.fullmatch(r'[\w.-]+(/[\w.-]+)?', name) and not Path(name).exists():
+        return name, name
+    path = name or args.get('data_dir') or args.get('data') or scheme
+    return Path(str(path)).name, None
+
+
+def _label_names(args: Mapping[str, Any], num_classes: int) -> Optional[List[str]]:
+    """The names of a data set's classes, or None if it is not at hand or does not tell them."""
+    try:
+        dataset = create_dataset(
+            args.get('dataset') or '',
+            root=args.get('data_dir') or args.get('data'),
+            split=args.get('val_split') or 'validation',
+            class_map=args.get('class_map') or '',
+            input_key=args.get('input_key'),
+            target_key=args.get('target_key'),
+        )
+        index = dataset.reader.class_to_idx
+        names = sorted(index, key=index.__getitem__)
+    except Exception as error:  # whatever a reader of data that may be gone can raise
+        print(f'Label names: not known, for the data set cannot be read ({error}); --label-names gives them.')
+        return None
+    if sorted(index.values()) != list(range(num_classes)):
+        print(f'Label names: not known, for the data set does not tell {num_classes}; --label-names gives them.')
+        return None
+    return [str(name) for name in names]
+
+
+def _without_paths(value: Any) -> Any:
+    """Without the folders of the machine that something was run on."""
+    if isinstance(value, Mapping):
+        return {k: _without_paths(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_paths(v) for v in value]
+    return PRIVATE.sub('', value).rstrip('\\/') if isinstance(value, str) and PRIVATE.search(value) else value
