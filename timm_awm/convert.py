@@ -8,6 +8,7 @@ from timm.models import (
     Bottleneck,
     DenseNet,
     ResNet,
+    filter_pretrained_cfg,
     generate_default_cfgs,
     get_pretrained_cfg,
     is_model,
@@ -15,7 +16,6 @@ from timm.models import (
     register_model,
     split_model_name_tag,
 )
-from timm.models._pretrained import filter_pretrained_cfg  # private: there is no other
 from timm.models.densenet import _filter_torchvision_pretrained  # private: there is no other
 from torch import nn
 

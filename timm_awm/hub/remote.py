@@ -209,7 +209,7 @@ def _same(one: Path, other: Path) -> bool:
 
 @contextmanager
 def _hub(repo_id: str) -> Iterator[None]:
-    """Turns whatever the Hub's client raises, which differs from version to version, into errors that say what to do."""
+    """Turns whatever the Hub's client raises, which differs between versions, into errors that say what to do."""
     try:
         yield
     except Exception as error:

@@ -7,9 +7,7 @@ from typing import Any, Callable, Dict, Iterable, Mapping, Optional, Union
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from huggingface_hub.utils.sha import sha_fileobj
-from timm.models import get_arch_pretrained_cfgs
-from timm.models._hub import hf_split  # private: timm's way to name a revision, repository@revision
-from timm.models._pretrained import PretrainedCfg  # private: there is no other
+from timm.models import PretrainedCfg, get_arch_pretrained_cfgs
 from torch import nn
 
 __all__ = ['add_merges', 'checkpoint_problem', 'fetch', 'identity_cfg', 'identity_cfgs', 'only_safetensors']
@@ -89,10 +87,10 @@ def fetch(cfg: Mapping[str, Any], cache_dir: Union[str, Path, None] = None) -> O
     """
     if cfg.get('file') or cfg.get('state_dict') or not cfg.get('hf_hub_id'):
         return None
-    repo_id, revision = hf_split(cfg['hf_hub_id'])
+    repo_id, _, revision = cfg['hf_hub_id'].partition('@')  # as timm names a revision
     filename = cfg.get('hf_hub_filename') or SAFETENSORS
     try:
-        path = Path(hf_hub_download(repo_id, filename, revision=revision, cache_dir=cache_dir))
+        path = Path(hf_hub_download(repo_id, filename, revision=revision or None, cache_dir=cache_dir))
     except LocalEntryNotFoundError:  # no network: the next one's kind, but not what it says
         raise
     except EntryNotFoundError as error:
