@@ -107,10 +107,11 @@ model_ema: true
 model_ema_decay: 0.9998
 """
 
+FINETUNE_MODEL = 'awm_resnet50.a1_in1k_identity'  # the plain checkpoint at the identity start
+FINETUNE_PASSES = 40
 FINETUNE = f"""\
-# shared by both fine-tuning recipes
+# shared by the fine-tuning recipes
 pretrained: true
-pretrained_path: resnet50.a1_in1k/model.safetensors
 {MODULES}
 dataset: hfds/timm/oxford-iiit-pet
 input_key: image
@@ -120,7 +121,6 @@ val_split: test
 num_classes: 37
 
 batch_size: 64
-lr: 1.0e-4
 weight_decay: 0.05
 sched: cosine
 min_lr: 1.0e-6
@@ -141,10 +141,11 @@ IMAGENET_FROM = (
     "Data: from the Hugging Face Hub (needs the extra 'data'; accept the terms there, then hf auth login), or from "
     "disk: --data-dir PATH, with folders 'train' and 'validation' of class folders or the Hub's Parquet files")
 WEIGHTS_FROM = (
-    'Weights: hf download timm/resnet50.a1_in1k model.safetensors --local-dir resnet50.a1_in1k, or any other plain '
-    'checkpoint of a ResNet-50: --pretrained-path FILE')
+    "Weights: timm's own of the plain network, from the Hugging Face Hub on first use, or any other plain checkpoint "
+    'of a ResNet-50: --pretrained-path FILE')
 OVERRIDE = 'Override by flags after it, for example'
 SHORT = '  a short run: --epochs 24 --decay-milestones 11 18'
+SHORT_FINETUNE = '  a short run: --epochs 12'
 ON_CPU = '  on a CPU: --device cpu --no-prefetcher'
 OTHER_PERIOD = '  another t: --opt-kwargs base=sgd period=5 filter_bias_and_bn=False'
 FOUR_GPUS = '  4 GPUs: torchrun --nproc_per_node=4 -m timm_awm train -c {} {}'
@@ -369,9 +370,19 @@ def imagenet(layers: int) -> Entry:
         name, f'`{model}`, t = 1', 'ImageNet-1k', 'Table 4', errors, f'{name}_plain', f'{name}_plain100')
 
 
-def ours(name: str, what: str, data: str, base: str, passes: int, shared: str, use: Tuple[str, ...]) -> Entry:
+def ours(
+        name: str,
+        model: str,
+        what: str,
+        data: str,
+        base: str,
+        passes: int,
+        own: Tuple[str, ...],
+        shared: str,
+        use: Tuple[str, ...],
+) -> Entry:
     """A recipe that is not of the paper, with its control; every fourth pass is the merges'."""
-    model, file = 'awm_resnet50', name.rpartition('/')[2]
+    file = name.rpartition('/')[2]
     recipes = [
         Recipe(
             name,
@@ -382,18 +393,40 @@ def ours(name: str, what: str, data: str, base: str, passes: int, shared: str, u
                 f'Control: {file}_plain.yaml, the plain network {EQUAL}.',
             ),
             use,
-            (*alternating(model, base, 3, 'merge_period: 1'), epochs_in_turn(passes, 3, 1)),
+            (*alternating(model, base, 3, 'merge_period: 1'), epochs_in_turn(passes, 3, 1), *own),
             shared,
         ),
         Recipe(
             f'{name}_plain',
             (f'The plain ResNet-50 on {data}, {what}: the control of {file}.yaml, {EQUAL}.', NOT_RUN),
             use,
-            (*plain(model, base), f'epochs: {passes}'),
+            (*plain(model, base), f'epochs: {passes}', *own),
             shared,
         ),
     ]
     return recipes, Row(name, f'`{model}`, t = 3 and 1', data, '', 'not of the paper, not run', f'{name}_plain')
+
+
+def merges_alone() -> Entry:
+    """Fine-tuning of the merges and a new classifier; its control is that of the other fine-tuning recipe."""
+    name, data, control = 'finetune/awm_resnet50_merges', 'Oxford-IIIT Pet', 'finetune/awm_resnet50_plain'
+    recipe = Recipe(
+        name,
+        (
+            f'ResNet-50 with active weighted mapping (AWM) on {data}: the merges and a new classifier alone are '
+            'trained; the backbone stays that of the plain checkpoint, but for the statistics of its BatchNorm.',
+            NOT_RUN,
+            'Control: awm_resnet50_plain.yaml, all of the plain network trained, with as many passes over the data and '
+            'a tenth of the learning rate, for here all that is trained starts anew.',
+        ),
+        (WEIGHTS_FROM, FROM_HUB, OVERRIDE, SHORT_FINETUNE, ON_CPU),
+        (
+            f'model: {FINETUNE_MODEL}', 'opt: alternating', 'opt_kwargs:', '  base: adamw', '  train: merge+head',
+            f'epochs: {FINETUNE_PASSES}', 'lr: 1.0e-3'),
+        FINETUNE,
+    )
+    return [recipe], Row(
+        name, f'`{FINETUNE_MODEL}`, merges and classifier alone', data, '', 'not of the paper, not run', control)
 
 
 def entries() -> List[Entry]:
@@ -406,14 +439,17 @@ def entries() -> List[Entry]:
         *(imagenet(layers) for layers in IMAGENET_RESNETS),
         ours(
             'imagenet/awm_resnet50_lamb',
+            'awm_resnet50',
             'in the manner of A2 of "ResNet strikes back" (arXiv 2110.00476)',
-            'ImageNet-1k', 'lamb', 300, IMAGENET_LAMB,
+            'ImageNet-1k', 'lamb', 300, (), IMAGENET_LAMB,
             (IMAGENET_FROM, OVERRIDE, FOUR_GPUS.format('...', '--grad-accum-steps 2'))),
         ours(
             'finetune/awm_resnet50',
+            FINETUNE_MODEL,
             'fine-tuned from weights of the plain network',
-            'Oxford-IIIT Pet', 'adamw', 40, FINETUNE,
-            (WEIGHTS_FROM, FROM_HUB, OVERRIDE, '  a short run: --epochs 12', ON_CPU)),
+            'Oxford-IIIT Pet', 'adamw', FINETUNE_PASSES, ('lr: 1.0e-4',), FINETUNE,
+            (WEIGHTS_FROM, FROM_HUB, OVERRIDE, SHORT_FINETUNE, ON_CPU)),
+        merges_alone(),
     ]
 
 

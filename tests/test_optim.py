@@ -241,16 +241,188 @@ def test_a_side_that_another_optimizer_has_frozen_is_missed(epochs, missing):
     train(model, alternating(model, base='sgd', period=1, lr=.1), 2)
 
 
-def test_merges_alone_train_jointly():
+def test_merges_alone_train_jointly_if_the_user_has_frozen_the_backbone():
     model = net()
     for p in sides(model)['backbone']:
         p.requires_grad_(False)
-    with pytest.raises(ValueError, match='found no backbone to train.*period=0'):
+    with pytest.raises(ValueError, match='found no backbone that requires gradients.*train=merge'):
         alternating(model, base='sgd', period=1, lr=.1)
     before = copy.deepcopy(model)
     train(model, alternating(model, base='sgd', period=0, lr=.1), 1)
     for side, params in sides(model).items():
         assert all(torch.equal(p, q) == (side == 'backbone') for p, q in zip(params, sides(before)[side]))
+
+
+TRAIN = ['merge', 'merge+head']
+
+
+def awm_net(**kwargs):
+    torch.manual_seed(0)
+    model = timm.create_model('awm_resnet14_cifar', **kwargs)
+    for name, p in model.named_parameters():
+        if name.endswith('weight2'):
+            nn.init.normal_(p, std=.5)
+    return model
+
+
+def trained_names(model, train):
+    """Which parameters `train` means, by their names in the two 32x32 families."""
+    heads = ('fc.', 'classifier.') if train == 'merge+head' else ()
+    return {k for k, _ in model.named_parameters() if '.merge.' in k or k.startswith(heads)}
+
+
+def steps(model, optimizer, start, stop):
+    for step in range(start, stop):
+        generator = torch.Generator().manual_seed(step)
+        x = torch.randn(4, 3, 16, 16, generator=generator)
+        y = torch.randint(0, 10, (4,), generator=generator)
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def assert_same_state(model, other):
+    for (name, a), b in zip(model.state_dict().items(), other.state_dict().values()):
+        assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize('name', ['awm_resnet14_cifar', 'awm_densenet22_cifar'])
+@pytest.mark.parametrize('train', TRAIN)
+@pytest.mark.parametrize('base', ['sgd', 'adamw'])
+def test_train_equals_a_plain_optimizer_over_these_parameters_alone(base, train, name):
+    kwargs, make = BASES[base]
+    torch.manual_seed(0)
+    start = timm.create_model(name)
+    model, by_hand = copy.deepcopy(start), copy.deepcopy(start)
+    optimizer = alternating(model, train=train, filter_bias_and_bn=False, **kwargs)  # and nobody sets an epoch
+    names = trained_names(model, train)
+    for key, p in by_hand.named_parameters():
+        p.requires_grad_(key in names)
+    steps(model, optimizer, 0, 4)
+    steps(by_hand, make([p for p in by_hand.parameters() if p.requires_grad]), 0, 4)
+    assert_same_state(model, by_hand)
+    changed = {key for (key, p), q in zip(model.named_parameters(), start.parameters()) if not torch.equal(p, q)}
+    assert changed == names
+
+
+@pytest.mark.parametrize('train', TRAIN)
+def test_train_leaves_nothing_to_the_backbone(train, caplog):
+    model = awm_net()
+    optimizer = alternating(model, base='adamw', train=train, lr=.1, weight_decay=.1)
+    names = trained_names(model, train)
+    assert optimizer.phase == 'merge'
+    with caplog.at_level(logging.INFO):
+        for epoch in (None, 0, 7):  # in timm's script, the same
+            if epoch is not None:
+                optimizer.set_epoch(epoch)
+            model(torch.randn(2, 3, 16, 16)).sum().backward()
+            assert {k for k, p in model.named_parameters() if p.requires_grad} == names
+            assert {k for k, p in model.named_parameters() if p.grad is not None} == names
+            optimizer.step()
+            optimizer.zero_grad()
+            assert {k for k, p in model.named_parameters() if p in optimizer.state} == names
+    count = sum(p.numel() for k, p in model.named_parameters() if k in names)
+    assert f'Epoch 7: merge phase, trains {count:,} of' in caplog.text
+    assert len(optimizer.state_dict()['state']) == len(names)
+    optimizer.unfreeze()
+    assert all_require_grad(model)
+
+
+@pytest.mark.parametrize('train', TRAIN)
+def test_train_resumes(train):
+    def make():
+        model = awm_net()
+        return model, alternating(model, base='adamw', train=train, lr=.01)
+
+    model, optimizer = make()
+    steps(model, optimizer, 0, 3)
+    resumed, resumed_optimizer = make()
+    resumed.load_state_dict(model.state_dict())
+    resumed_optimizer.load_state_dict(pickle.loads(pickle.dumps(optimizer.state_dict())))
+    assert {k for k, p in resumed.named_parameters() if p.requires_grad} == trained_names(resumed, train)
+    copied, copied_optimizer = copy.deepcopy((model, optimizer))
+    pickled, pickled_optimizer = pickle.loads(pickle.dumps((model, optimizer)))
+    steps(model, optimizer, 3, 5)
+    for other in ((resumed, resumed_optimizer), (copied, copied_optimizer), (pickled, pickled_optimizer)):
+        steps(*other, 3, 5)
+        assert_same_state(other[0], model)
+
+
+@pytest.mark.parametrize('filter_bias_and_bn', [True, False])
+def test_a_state_with_the_head_fits_no_other(filter_bias_and_bn):
+    kwargs = dict(base='sgd', lr=.1, filter_bias_and_bn=filter_bias_and_bn)
+    state = alternating(awm_net(), train='merge+head', **kwargs).state_dict()
+    for other in (dict(train='merge'), dict(period=1)):
+        with pytest.raises(ValueError, match='--no-resume-opt'):
+            alternating(awm_net(), **other, **kwargs).load_state_dict(state)
+
+
+@pytest.mark.parametrize('train', TRAIN)
+def test_train_distributed_checkpoint(train, tmp_path):
+    model = awm_net()
+    optimizer = alternating(model, base='adamw', train=train, lr=.01)
+    steps(model, optimizer, 0, 2)
+    dcp.save(dict(zip(('model', 'optimizer'), get_state_dict(model, optimizer))), checkpoint_id=tmp_path)
+    other = awm_net()
+    other_optimizer = alternating(other, base='adamw', train=train, lr=.01)
+    state = dict(zip(('model', 'optimizer'), get_state_dict(other, other_optimizer)))
+    dcp.load(state, checkpoint_id=tmp_path)
+    set_state_dict(other, other_optimizer, model_state_dict=state['model'], optim_state_dict=state['optimizer'])
+    for args in ((model, optimizer), (other, other_optimizer)):
+        steps(*args, 2, 4)
+    assert_same_state(model, other)
+
+
+def test_train_under_lookahead():
+    model = awm_net()
+    before = copy.deepcopy(model)
+    steps(model, create_optimizer_v2(model, opt='lookahead_alternating', base='sgd', train='merge+head', lr=.1), 0, 7)
+    changed = {k for (k, p), q in zip(model.named_parameters(), before.parameters()) if not torch.equal(p, q)}
+    assert changed == trained_names(model, 'merge+head')
+
+
+def test_the_head_is_that_of_the_model_as_it_is_now():
+    model, other = awm_net(), awm_net()
+    model.reset_classifier(3)
+    for m in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        optimizer = Alternating(m.named_parameters(), base='sgd', train='merge+head', lr=.1)
+        heads = [p for group in optimizer.param_groups if group['side'] == 'head' for p in group['params']]
+        assert list(map(id, heads)) == list(map(id, m.fc.parameters()))
+    assert all_require_grad(other)
+
+
+def test_train_and_added_groups():
+    model, more, late = awm_net(), awm_net(), nn.Linear(5, 5)
+    optimizer = copy.deepcopy(alternating(model, base='sgd', train='merge+head', lr=.1))
+    optimizer.add_param_group(dict(params=list(more.parameters())))
+    assert [group['side'] for group in optimizer.param_groups[-3:]] == ['backbone', 'merge', 'head']
+    assert {k for k, p in more.named_parameters() if p.requires_grad} == trained_names(more, 'merge+head')
+    optimizer.add_param_group(dict(params=list(late.parameters())))
+    assert not any(p.requires_grad for p in late.parameters())
+
+
+@pytest.mark.parametrize('make, message', [
+    (lambda: awm_net(num_classes=0), 'found no classifier to train.*num_classes above 0; to train merges alone'),
+    (net, 'found no classifier to train.*needs an AWM model'),
+    (lambda: timm.create_model('awm_resnet14_cifar', awm=False), 'found no AWM merge'),
+])
+def test_train_finds_nothing_to_train(make, message):
+    awm_net()  # somebody else's classifier does not count
+    with pytest.raises(ValueError, match=message):
+        alternating(make(), base='sgd', train='merge+head', lr=.1)
+
+
+def test_train_misses_a_backbone_that_another_optimizer_has_frozen():
+    model = awm_net()
+    first = alternating(model, base='sgd', train='merge', lr=.1)
+    with pytest.raises(ValueError, match=r'no backbone.*unfreeze\(\)'):
+        alternating(model, base='sgd', train='merge', lr=.1)
+    first.unfreeze()
+    second = alternating(model, base='sgd', train='merge', lr=.1)
+    del first
+    gc.collect()
+    assert {k for k, p in model.named_parameters() if p.requires_grad} == trained_names(model, 'merge')
+    del second
 
 
 def test_copies_go_on_alike():
@@ -476,6 +648,11 @@ def test_schedule(period, merge_period, phases):
     (dict(period=True), 'period must be a whole number.*got True'),
     (dict(merge_period=0), 'merge_period must be a whole number.*at least 1, got 0'),
     (dict(period=0, merge_period=1), 'merge_period makes no sense with period=0'),
+    (dict(train='head'), "train must be 'merge' or 'merge.head', or not given, got 'head'"),
+    (dict(train=True), "train must be 'merge'.*got True"),
+    (dict(train='merge', period=3), 'train=merge takes no turns: give it without period'),
+    (dict(train='merge+head', period=0), 'train=merge.head takes no turns'),
+    (dict(train='merge', merge_period=1), 'train=merge takes no turns'),
     (dict(base='sdg'), "Unknown base optimizer 'sdg', the nearest is 'sgd'"),
     (dict(base='SDG'), "Unknown base optimizer 'SDG', the nearest is 'sgd'"),
     (dict(base='awm_sgd'), "Unknown base optimizer 'awm_sgd', the nearest is 'sgd'"),
@@ -484,7 +661,12 @@ def test_schedule(period, merge_period, phases):
 ])
 def test_bad_arguments(kwargs, message):
     with pytest.raises(ValueError, match=message):
-        alternating(net(), **{**dict(base='sgd', period=3, lr=.1), **kwargs})
+        alternating(net(), **{**dict(base='sgd', lr=.1), **kwargs})
+
+
+def test_period_is_3_if_not_given():
+    assert alternating(net(), base='sgd', lr=.1).schedule == PhaseSchedule(3)
+    assert alternating(net(), base='sgd', lr=.1, merge_period=1).schedule == PhaseSchedule(3, 1)
 
 
 @pytest.mark.parametrize('model', [

@@ -122,17 +122,23 @@ def test_every_recipe_loads_the_plugin_and_its_header_names_it():
 
 
 def control_of(name: str) -> str:
-    return re.sub(r'_t\d+$', '', name) + '_plain'
+    return re.sub(r'_(t\d+|merges)$', '', name) + '_plain'
 
 
 @pytest.mark.parametrize('name', AWM)
 def test_a_control_differs_in_nothing_but_merges_and_alternation(name):
     def rest(recipe):
-        options = {k: v for k, v in recipe.get('opt_kwargs', {}).items() if k not in ('base', 'period', 'merge_period')}
-        return {**{k: v for k, v in recipe.items() if k not in ('model_kwargs', 'opt', *cuts)}, 'opt_kwargs': options}
+        options = {k: v for k, v in recipe.get('opt_kwargs', {}).items() if k not in turns}
+        return {**{k: v for k, v in recipe.items() if k not in ('model_kwargs', 'opt', *rate)}, 'opt_kwargs': options}
 
-    # where the rate follows the count of backbone epochs, the passes of its cuts depend on t
-    cuts = ('decay_milestones',) if re.search(r'_t\d+$', name) else ()
+    turns = ('base', 'period', 'merge_period')
+    rate: Tuple[str, ...] = ()
+    if re.search(r'_t\d+$', name):
+        rate = ('decay_milestones',)  # the rate follows the count of backbone epochs: the passes depend on t
+    elif name.endswith('_merges'):
+        turns, rate = ('base', 'train'), ('lr',)  # all that is trained starts anew
+        assert 'a tenth of the learning rate' in ' '.join(TEXTS[name].replace('\n#', ' ').split())
+        assert RECIPES[name]['lr'] == pytest.approx(10 * RECIPES[control_of(name)]['lr'])
     awm, control = RECIPES[name], RECIPES[control_of(name)]
     assert rest(awm) == rest(control)
     assert awm['opt_kwargs']['base'] == control['opt']

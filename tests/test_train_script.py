@@ -245,3 +245,28 @@ def test_errors_reach_the_user(args, message, data, tmp_path):
     result = train('cifar10/awm_resnet20_cifar', data, tmp_path, *args, check=False)
     assert result.returncode != 0
     assert re.search(message, result.stderr.splitlines()[-1]), result.stderr[-2000:]
+
+
+@pytest.mark.parametrize('front', [(sys.executable,), TORCHRUN], ids=['one', 'two-processes'])
+def test_merges_and_classifier_alone(front, data, tmp_path):
+    args = ('--opt-kwargs', 'base=adamw', 'train=merge+head', '--lr', .01, '--no-aug', '--epochs', 3)
+    args += ('--device-modules', 'ranks_equal') if front is TORCHRUN else ()
+    result = train('cifar10/awm_resnet14_cifar', data, tmp_path, *args, front=front)
+    folder = tmp_path / 'run'
+    assert epochs(result.stderr) == [('0', 'm'), ('1', 'm'), ('2', 'm')]
+    assert [row['train_phase'] for row in summary(folder)] == ['merge'] * 3
+    before, after = (load_state_dict(str(folder / f'checkpoint-{epoch}.pth.tar')) for epoch in (0, 2))
+    trained = {k for k in after if '.merge.' in k or k.startswith('fc.')}
+    assert {k for k in after if not torch.equal(before[k], after[k]) and 'running' not in k and 'num_' not in k} == trained
+    saved = torch.load(folder / 'checkpoint-2.pth.tar', weights_only=False)
+    assert len(saved['optimizer']['state']) == len(trained)
+
+    result = train(
+        'cifar10/awm_resnet14_cifar', data, tmp_path, *args, '--resume', folder / 'checkpoint-0.pth.tar',
+        '--experiment', 'again', front=front)
+    assert epochs(result.stderr) == [('1', 'm'), ('2', 'm')]
+    if front is TORCHRUN:
+        assert result.stdout.count('equal after epoch') == 4
+        resumed = torch.load(tmp_path / 'again' / 'checkpoint-2.pth.tar', weights_only=False)
+        for name, tensor in saved['state_dict'].items():
+            assert torch.equal(tensor, resumed['state_dict'][name]), name

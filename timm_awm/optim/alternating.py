@@ -13,11 +13,14 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..layers import merge_parameters, renew_compiled_guards
+from ..models._awm import classifier_parameters
 from .schedule import BACKBONE, JOINT, MERGE, PhaseSchedule, check_whole
 
 __all__ = ['Alternating', 'live', 'set_epoch']
 
 _logger = logging.getLogger(__name__)
+
+HEAD = 'head'  # the side of a classifier that trains with the merges; it has no phase of its own
 
 _live: 'weakref.WeakSet[Alternating]' = weakref.WeakSet()
 
@@ -32,35 +35,51 @@ class Alternating(Optimizer):
     Frozen parameters have `requires_grad` False until their phase comes, or `unfreeze` is called, or the optimizer is
     gone. Parameters that are frozen already when a phase begins stay so.
 
-    Each parameter group is split in two, one for each side, marked by its key 'side'. Its key 'epoch' is the current
+    With `train` one merge phase lasts for ever: the backbone is frozen from the start (its BatchNorm statistics follow
+    train mode, as in any merge phase), and nobody needs to call `set_epoch`. As it never thaws, DDP may wrap the model
+    after that.
+
+    Each parameter group is split, one for each side, marked by its key 'side'. Its key 'epoch' is the current
     epoch, so that whatever saves and loads parameter groups (`state_dict`, torch.distributed.checkpoint) keeps it. The
     latter expects state of all parameters: it loads what was saved after each side has had a phase.
 
     Args:
         params: Parameters or parameter groups, as for any optimizer.
         base: Name of the optimizer in timm's registry.
-        period: Epochs of a backbone phase (the paper's t); 0 trains both sides jointly, which is `base` itself.
+        period: Epochs of a backbone phase (the paper's t), 3 if not given; 0 trains both sides jointly, which is
+            `base` itself.
         merge_period: Epochs of a merge phase, as long as a backbone phase if not given.
+        train: In place of turns, 'merge' trains the merges alone, 'merge+head' the merges and the classifier of an AWM
+            model, which is a new one where the data have other classes than the checkpoint.
         **kwargs: lr, weight_decay, ... of the base optimizer, as for `timm.optim.create_optimizer_v2`.
 
     Raises:
-        ValueError: A side that is to have phases has no parameter to train; the base is unknown; a period is no number
-            of epochs.
+        ValueError: A side that is to be trained has no parameter to train, or another alternating optimizer has frozen
+            it; the base or `train` is unknown; a period is no number of epochs, or given together with `train`.
     """
 
     def __init__(
             self,
             params: Iterable[Any],
             base: str = 'sgd',
-            period: int = 3,
+            period: Optional[int] = None,
             merge_period: Optional[int] = None,
+            train: Optional[str] = None,
             **kwargs: Any,
     ) -> None:
-        self.schedule = PhaseSchedule(period, merge_period)
+        if train is None:
+            self.schedule = PhaseSchedule(3 if period is None else period, merge_period)
+        elif train not in ('merge', 'merge+head'):
+            raise ValueError(f"train must be 'merge' or 'merge+head', or not given, got {train!r}")
+        elif period is None and merge_period is None:
+            self.schedule = PhaseSchedule(0, constant=MERGE)
+        else:
+            raise ValueError(f'train={train} takes no turns: give it without period and merge_period.')
+        self._with_head = train == 'merge+head'
         self._frozen: List[Tensor] = []  # by this optimizer; the same list for life
         params = list(params)
         groups = params if params and isinstance(params[0], dict) else [{'params': params}]
-        groups = [part for group in groups for part in _split(group)]
+        groups = [part for group in groups for part in self._split(group)]
         self.base = create_optimizer_v2(groups, opt=_known(base), **kwargs)
         super().__init__(self.base.param_groups, self.base.defaults)
         # one list and one state for both: what schedulers, scalers and users change here, the base sees
@@ -71,10 +90,18 @@ class Alternating(Optimizer):
                 'The alternating optimizer found no AWM merge to train among its parameters. Use a model with merges '
                 '(awm_*, without awm=False, and torch.compile in place of TorchScript), or train this one with its '
                 f'base alone: --opt {base}. {thaw}')
-        if period and not any(p.requires_grad for p in self._parameters(BACKBONE)):
+        # what another has frozen thaws when that one is gone, perhaps in the middle of this one's training
+        needed = self.schedule.period or any(optimizer._frozen for optimizer in live())
+        if needed and not any(p.requires_grad for p in self._parameters(BACKBONE)):
             raise ValueError(
-                'The alternating optimizer found no backbone to train among its parameters. To train merges alone use '
-                f'period=0. {thaw}')
+                'The alternating optimizer found no backbone that requires gradients among its parameters. To train '
+                f'merges alone use train=merge. {thaw}')
+        if self._with_head and not any(p.requires_grad for p in self._parameters(HEAD)):
+            raise ValueError(
+                'The alternating optimizer found no classifier to train among its parameters. train=merge+head needs '
+                'an AWM model (awm_*) with num_classes above 0; to train merges alone use train=merge.')
+        if not self.schedule.period:
+            self._freeze()
         self._enlist()
 
     def _share(self) -> None:
@@ -86,7 +113,7 @@ class Alternating(Optimizer):
         weakref.finalize(self, _thaw, self._frozen).atexit = False
 
     def __getstate__(self) -> Dict[str, Any]:
-        own = {name: getattr(self, name) for name in ('base', 'schedule', '_frozen')}
+        own = {name: getattr(self, name) for name in ('base', 'schedule', '_with_head', '_frozen')}
         return {**super().__getstate__(), **own}
 
     def __setstate__(self, state: Dict[str, Any]) -> None:
@@ -110,7 +137,7 @@ class Alternating(Optimizer):
             RuntimeError: Nobody has said which epoch it is.
         """
         if self.schedule.period == 0:
-            return JOINT
+            return self.schedule.constant
         if self.epoch is None:
             raise RuntimeError(
                 "The alternating optimizer does not know the epoch. timm's train.py tells it if timm_awm is imported "
@@ -157,7 +184,7 @@ class Alternating(Optimizer):
             self.base.param_groups = groups
 
     def add_param_group(self, param_group: Dict[str, Any]) -> None:
-        for part in _split(param_group):
+        for part in self._split(param_group):
             super().add_param_group({**part, 'epoch': self.epoch})
         if self._frozen:
             self._freeze()
@@ -166,8 +193,8 @@ class Alternating(Optimizer):
         return self.base.state_dict()
 
     def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
-        """As of any optimizer. Steps go on in the saved epoch; gradients are computed for both sides until `set_epoch`
-        freezes one, for DDP, if it is to come, must not find a frozen side.
+        """As of any optimizer. Steps go on in the saved epoch; where sides take turns, gradients are computed for both
+        until `set_epoch` freezes one, for DDP, if it is to come, must not find a side frozen that will thaw.
 
         Raises:
             ValueError: The state was saved from an optimizer of other parameter groups, such as a bare base.
@@ -179,7 +206,8 @@ class Alternating(Optimizer):
                 'parameter groups. Resume with the --opt that the run was started with, or with --no-resume-opt.')
         self.base.load_state_dict(state_dict)
         self._share()
-        self.unfreeze()
+        if self.schedule.period:
+            self.unfreeze()
 
     @property
     def _idle(self) -> Optional[str]:
@@ -187,6 +215,21 @@ class Alternating(Optimizer):
 
     def _parameters(self, side: Optional[str]) -> List[Tensor]:
         return [p for group in self.param_groups if group['side'] == side for p in group['params']]
+
+    def _split(self, group: Dict[str, Any]) -> List[Dict[str, Any]]:
+        """A parameter group as one for each side, as far as it has parameters of that."""
+        if 'side' in group:
+            return [group]
+        params = group['params']
+        params = [params] if isinstance(params, Tensor) else list(params)
+        side_of = {id(p): MERGE for p in merge_parameters()}
+        if self._with_head:
+            side_of.update((id(p), HEAD) for p in classifier_parameters())
+        sides: Dict[str, List[Union[Tensor, Tuple[str, Tensor]]]] = {BACKBONE: [], MERGE: [], HEAD: []}
+        for param in params:
+            tensor = param[1] if isinstance(param, tuple) else param  # of named_parameters()
+            sides[side_of.get(id(tensor), BACKBONE)].append(param)
+        return [{'epoch': None, **group, 'params': members, 'side': side} for side, members in sides.items() if members]
 
     def _freeze(self) -> None:
         self.unfreeze()
@@ -211,20 +254,6 @@ def _thaw(frozen: List[Tensor]) -> None:
     for p in frozen:
         p.requires_grad_(True)
     frozen.clear()
-
-
-def _split(group: Dict[str, Any]) -> List[Dict[str, Any]]:
-    """A parameter group as one of backbone and one of merge parameters, as far as it has such."""
-    if 'side' in group:
-        return [group]
-    params = group['params']
-    params = [params] if isinstance(params, Tensor) else list(params)
-    of_merges = {id(p) for p in merge_parameters()}
-    sides: Dict[str, List[Union[Tensor, Tuple[str, Tensor]]]] = {BACKBONE: [], MERGE: []}
-    for param in params:
-        tensor = param[1] if isinstance(param, tuple) else param  # of named_parameters()
-        sides[MERGE if id(tensor) in of_merges else BACKBONE].append(param)
-    return [{'epoch': None, **group, 'params': members, 'side': side} for side, members in sides.items() if members]
 
 
 def _known(base: str) -> str:

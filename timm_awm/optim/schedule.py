@@ -15,14 +15,16 @@ class PhaseSchedule:
     """The alternation of the paper's section 3.2: t epochs of the backbone, t epochs of the merges, and again.
 
     Args:
-        period: Epochs of a backbone phase (the paper's t); 0 trains both sides jointly.
+        period: Epochs of a backbone phase (the paper's t); 0: no turns.
         merge_period: Epochs of a merge phase, as long as a backbone phase if not given.
+        constant: The phase of every epoch if there are no turns.
 
     Raises:
         ValueError: A period that is no such number.
     """
     period: int = 3
     merge_period: Optional[int] = None
+    constant: str = JOINT
 
     def __post_init__(self) -> None:
         check_whole('period', self.period, 0)
@@ -34,7 +36,7 @@ class PhaseSchedule:
     def phase(self, epoch: int) -> str:
         """The phase of an epoch, counted from 0: BACKBONE, MERGE or JOINT."""
         if self.period == 0:
-            return JOINT
+            return self.constant
         cycle = self.period + (self.merge_period or self.period)
         return BACKBONE if epoch % cycle < self.period else MERGE
 
