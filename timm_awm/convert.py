@@ -104,7 +104,9 @@ def _stages(model: nn.Module) -> Tuple[nn.Module, ...]:
     return model.layer1, model.layer2, model.layer3, model.layer4  # type: ignore[return-value]
 
 
-default_cfgs = generate_default_cfgs({f'{GENERIC}.untrained': dict(pool_size=(7, 7), first_conv='conv1', classifier='fc')})
+default_cfgs = generate_default_cfgs({
+    f'{GENERIC}.untrained': dict(pool_size=(7, 7), first_conv='conv1', classifier='fc'),
+})
 
 
 @register_model
