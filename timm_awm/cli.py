@@ -257,54 +257,43 @@ def _add_push(commands) -> None:
 
 def _push(args: argparse.Namespace) -> None:
     from . import hub
-
-    def publish(folder: Path, repo_id: str) -> None:
-        url = hub.push(folder, repo_id, private=not args.public, revision=args.revision, create_pr=args.create_pr)
-        print(f'{folder}: published, fetched back and compared: {url}')
-
-    is_folder = (args.source / 'config.json').is_file()
-    if args.all:
-        folders = sorted(path.parent for path in args.source.glob('*/config.json'))
-        if not folders:
-            raise ValueError(f'There is no Hub folder in {args.source}.')
-        for folder in folders:
+    if not (args.repo_id or args.all or args.dry_run):
+        raise ValueError('Where to? Name a REPO_ID, or use --dry-run.')
+    with contextlib.ExitStack() as stack:
+        if args.all:
+            owner = f'{args.repo_id}/' if args.repo_id else ''
+            folders = {path.parent: owner + path.parent.name for path in sorted(args.source.glob('*/config.json'))}
+            if not folders:
+                raise ValueError(f'There is no Hub folder in {args.source}.')
+        elif (args.source / 'config.json').is_file():
+            folders = {args.source: args.repo_id}
+        else:
+            name = (args.repo_id or f'{args.source.resolve().name}-hub').rpartition('/')[2]
+            if args.output or args.dry_run:
+                folder = args.output or args.source / name
+            else:
+                folder = Path(stack.enter_context(tempfile.TemporaryDirectory()), name)
+            folders = {folder: args.repo_id}
+            hub.export_run(
+                args.source,
+                folder,
+                checkpoint=args.checkpoint,
+                use_ema=args.ema,
+                tag=args.tag or folder.name.partition('.')[2] or None,
+                license=args.license,
+                label_names=args.label_names and args.label_names.read_text(encoding='utf-8').splitlines(),
+                recipe=args.recipe,
+                data_id=args.dataset_id,
+                results=dict(_split_and_file(text) for text in args.results),
+            )
+        for folder, repo_id in folders.items():
             if args.dry_run:
                 hub.load_folder(folder)
-                print(f'{folder}: can be published')
+                print(f'{folder}: can be published by timm-awm push {folder} OWNER/{folder.resolve().name}')
             else:
-                publish(folder, f'{args.repo_id}/{folder.name}' if args.repo_id else folder.name)
-        return
-    if not args.repo_id and not args.dry_run:
-        raise ValueError('Where to? Name a REPO_ID, or use --dry-run.')
-    if is_folder:
-        if args.dry_run:
-            hub.load_folder(args.source)
-            print(f'{args.source}: can be published')
-        else:
-            publish(args.source, args.repo_id)
-        return
-    name = args.repo_id.rpartition('/')[2] if args.repo_id else f'{args.source.resolve().name}-hub'
-    with contextlib.ExitStack() as stack:
-        if args.output or args.dry_run:
-            folder = args.output or args.source / name
-        else:
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()), name)
-        hub.export_run(
-            args.source,
-            folder,
-            checkpoint=args.checkpoint,
-            use_ema=args.ema,
-            tag=args.tag or folder.name.partition('.')[2] or None,
-            license=args.license,
-            label_names=args.label_names and args.label_names.read_text(encoding='utf-8').splitlines(),
-            recipe=args.recipe,
-            data_id=args.dataset_id,
-            results=dict(_split_and_file(text) for text in args.results),
-        )
-        if args.dry_run:
-            print(f'{folder}: can be published by timm-awm push {folder} OWNER/{folder.name}')
-        else:
-            publish(folder, args.repo_id)
+                url = hub.push(
+                    folder, repo_id, private=not args.public, revision=args.revision, create_pr=args.create_pr)
+                print(f'{folder}: published, fetched back and compared: {url}')
 
 
 def _split_and_file(text: str) -> Tuple[str, Path]:
