@@ -6,6 +6,7 @@ import timm
 import torch
 from timm.layers import BatchNormAct2d
 from timm.models import BasicBlock, ResNet
+from timm.models.densenet import DenseBlock
 from timm.optim import create_optimizer_v2
 from torch import nn
 
@@ -157,10 +158,40 @@ def test_what_cannot_be_converted(make, message):
     assert model.state_dict().keys() == before
 
 
+class OwnBlock(DenseBlock):
+    pass
+
+
+def test_failure_leaves_the_model_as_it_was():
+    resnet, densenet = timm.create_model('resnet10t'), timm.create_model('densenet121')
+    for model in (resnet, densenet):
+        before, kinds = list(model.state_dict()), [type(m) for m in model.modules()]
+        with pytest.raises(ValueError, match='positive whole width, got 0'):
+            convert(model, awm_hidden=0)
+        assert list(model.state_dict()) == before and [type(m) for m in model.modules()] == kinds
+    resnet.layer4[0].conv2 = nn.Identity()  # such as what wraps a convolution
+    with pytest.raises(AttributeError):
+        convert(resnet)
+    assert type(resnet.layer1[0]) is BasicBlock
+    densenet.features.denseblock2.__class__ = OwnBlock
+    with pytest.raises(TypeError, match='made of OwnBlock'):
+        convert(densenet)
+    assert type(densenet.features.denseblock1) is DenseBlock
+
+
+def test_smallest_image_of_a_pruned_model():
+    model = timm.create_model('resnet18')
+    model.prune_intermediate_layers([2])
+    convert(model).eval()
+    assert model.forward_features(images(1, 3, 8, 8)).shape == (1, 128, 1, 1)
+    assert model.total_stride == 8
+    assert convert(timm.create_model('densenet121')).total_stride == 32
+
+
 # what timm keeps no record of before 1.0.31 and of which a configuration must be told
 ARGUMENTS = {
     'seresnet50': {}, 'densenetblur121d': {}, 'resnet18': {}, 'ecaresnet26t': dict(awm_hidden=5),
-    'resnet10t': dict(in_chans=1, num_classes=3, global_pool='catavgmax'),
+    'resnet10t': dict(in_chans=1, num_classes=3, global_pool='catavgmax'), 'resnet18d': dict(in_chans=5),
 }
 
 
@@ -177,7 +208,7 @@ def test_export_builds_it_again(name, tmp_path):
     x = images(2, args.get('in_chans', 3), 64, 64)
     assert torch.equal(again(x), model.to(memory_format=torch.contiguous_format)(x))
     config = json.loads((tmp_path / 'out' / 'config.json').read_text())
-    assert config['architecture'] == ('awm_resnet18' if name == 'resnet18' else 'awm_converted')
+    assert config['architecture'] == (f'awm_{name}' if name.startswith('resnet18') else 'awm_converted')
     assert 'import timm_awm' in config['pretrained_cfg']['description']
     # those of timm's weights are not its own
     assert not {'tag', 'hf_hub_id', 'url', 'license', 'paper_ids'} & config['pretrained_cfg'].keys()
@@ -203,10 +234,31 @@ def test_export_names_the_missing_argument(args, missing, tmp_path):
     assert torch.equal(load_folder(tmp_path / 'out').eval()(images()), model.eval()(images()))
 
 
+@pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16])
+def test_export_of_other_dtypes(dtype, tmp_path):
+    model = trained(convert(randomised(timm.create_model('resnet10t')))).to(dtype)
+    save_for_hub(model, tmp_path / 'out')
+    again = load_folder(tmp_path / 'out').state_dict()
+    assert all(torch.equal(v.to(again[k].dtype), again[k]) for k, v in model.state_dict().items())
+
+
+def test_export_of_the_control_of_a_converted_model(tmp_path):
+    plain = timm.create_model('awm_converted', base='resnet10t', awm=False)
+    save_for_hub(plain, tmp_path / 'plain')
+    assert type(load_folder(tmp_path / 'plain')) is ResNet
+    save_for_hub(convert(plain), tmp_path / 'converted')
+    assert type(load_folder(tmp_path / 'converted')) is AwmResNet
+
+
 def test_export_of_what_timm_did_not_build(tmp_path):
     model = convert(ResNet(BasicBlock, (1, 1, 1, 1)))
-    with pytest.raises(ValueError, match='not created by timm'):
+    with pytest.raises(ValueError, match='not created under the name of an AWM model'):
         save_for_hub(model, tmp_path / 'out')
+    awm = timm.create_model('awm_resnet18')
+    features = timm.create_model('awm_resnet18', features_only=True)
+    for other in (timm.create_model('resnet10t'), timm.create_model('convnext_atto'), features, torch.compile(awm)):
+        with pytest.raises(ValueError, match='not created under the name of an AWM model'):
+            save_for_hub(other, tmp_path / 'out')
     with pytest.raises(ValueError, match="3 label names for 10 classes"):
         save_for_hub(timm.create_model('awm_resnet14_cifar'), tmp_path / 'out', label_names=['a', 'b', 'c'])
 

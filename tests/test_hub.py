@@ -1,6 +1,6 @@
-import contextlib
 import csv
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save
 from timm.utils import CheckpointSaver, ModelEmaV3
 from torch import nn
 
-import timm_awm
 from timm_awm.cli import main
-from timm_awm.hub import export_run, load_folder, save_for_hub
+from timm_awm.hub import describe, export_run, load_folder, save_for_hub
+from timm_awm.hub.run import without_paths
 from timm_awm.layers import MixingWeights
 
 MODEL = 'awm_resnet14_cifar'
@@ -182,8 +182,8 @@ def test_load(hub, client, folder):
 
 
 @pytest.mark.parametrize('fault, error', [
-    (Fault('GET', r'/cdn/', 'truncate', 99), ''),
-    (Fault('GET', r'/cdn/', 'reset'), ''),
+    (Fault('GET', r'/cdn/', 'truncate', 99), 'Error: '),
+    (Fault('GET', r'/cdn/', 'reset'), 'Error: '),
     (Fault('GET', r'/cdn/', 500), '500'),
     (Fault('HEAD', r'model.safetensors', 500, 99), 'LocalEntryNotFoundError'),
     (Fault('HEAD', r'config.json', 403, 99), 'LocalEntryNotFoundError'),
@@ -194,7 +194,7 @@ def test_load_interrupted(fault, error, hub, client, folder, request):
     publish(hub, folder, **{'pytorch_model.bin': b'pickled'})
     hub.faults.append(fault)
     _, message = client(LOAD, cache)
-    assert message and error in message
+    assert error in message
     assert not any('pytorch_model' in path for _, path in hub.requests)
     hub.faults.clear()
     check_load(client, folder, cache)
@@ -230,14 +230,26 @@ def test_load_of_a_wrong_configuration(changes, error, hub, client, folder):
     assert error in message
 
 
-@pytest.mark.parametrize('kept', ['conv1.weight', 'merge'])
-def test_load_of_a_part(kept, hub, client, folder):
-    """What pretrained_strict=False in a configuration would let pass without a word."""
-    part = {k: v for k, v in load_file(folder / 'model.safetensors').items() if kept in k}
-    args = dict(json.loads((folder / 'config.json').read_text())['model_args'], pretrained_strict=False)
-    publish(hub, folder, **{'config.json': config_with(folder, model_args=args), 'model.safetensors': save(part)})
-    _, message = client(LOAD, kept)
+@pytest.mark.parametrize('missing', ['(?!conv1.weight)', '(?!.*merge)', '.*merge', 'fc', 'layer3.1.conv2'])
+@pytest.mark.parametrize('weakened', [
+    dict(model_args=dict(pretrained_strict=False)), dict(num_classes=11, model_args=dict(num_classes=10)), dict()])
+def test_load_of_a_part(missing, weakened, hub, client, folder):
+    """What pretrained_strict=False or another number of classes would let pass without a word."""
+    tensors = load_file(folder / 'model.safetensors')
+    part = save({k: v for k, v in tensors.items() if not re.match(missing, k)})
+    publish(hub, folder, **{'config.json': config_with(folder, **weakened), 'model.safetensors': part})
+    _, message = client(LOAD, missing)
     assert 'The checkpoint lacks' in message
+    printed, error = client(pull_code(), missing)
+    assert error == 'AssertionError: 1' and 'The checkpoint lacks' in printed
+
+
+def test_load_takes_no_file_that_a_configuration_names(hub, client, folder, tmp_path):
+    other = tmp_path / 'other.safetensors'
+    other.write_bytes(save(trained(seed=1).state_dict()))
+    cfg = dict(json.loads((folder / 'config.json').read_text())['pretrained_cfg'], file=str(other))
+    publish(hub, folder, **{'config.json': config_with(folder, pretrained_cfg=cfg)})
+    check_load(client, folder, 'file')
 
 
 def test_load_of_pickles(hub, client, folder):
@@ -324,6 +336,22 @@ def test_push_keeps_visibility_and_other_files(hub, client, folder):
     assert not hub.repos['me/open'].private
 
 
+def test_push_of_other_weights_leaves_nothing_of_the_first(hub, client, folder, tmp_path):
+    first = tmp_path / 'first'
+    save_for_hub(trained(seed=1), first)
+    (first / 'summary.csv').write_text('epoch\n')
+    assert client(push_code(first))[1] == '' and 'summary.csv' in hub.repos['me/net'].files()
+    assert client(push_code(folder))[1] == ''
+    assert is_published(hub, folder)
+
+
+def test_push_of_what_was_pulled(hub, client, folder, tmp_path):
+    assert client(push_code(folder))[1] == ''
+    assert client(pull_code('--output', tmp_path / 'pulled'), 'pulled')[1] == ''
+    assert client(push_code(tmp_path / 'pulled', 'me/again'))[1] == ''
+    assert b'hf-hub:me/again' in hub.repos['me/again'].files()['README.md']
+
+
 def test_push_to_a_branch_and_as_a_pull_request(hub, client, folder):
     assert client(push_code(folder, 'me/net', '--revision', 'next'))[1] == ''
     assert is_published(hub, folder, revision='next') and not is_published(hub, folder)
@@ -397,6 +425,8 @@ def test_what_is_not_pushed(hub, client, folder, tmp_path):
             ('json', lambda path: (path / 'config.json').write_text('{'), 'is no configuration'),
             ('short', lambda path: (path / 'model.safetensors').write_bytes(b'12345678'), 'holds no whole'),
             ('weights', lambda path: (path / 'model.safetensors').unlink(), 'no model.safetensors'),
+            ('plain', lambda path: (path / 'config.json').write_bytes(config_with(folder, architecture='resnet18')),
+             'no AWM model'),
             ('extra', lambda path: (path / 'config.json').write_bytes(extra), "'x'"),
     ):
         broken = tmp_path / name
@@ -432,13 +462,13 @@ def test_pull(hub, client, folder, tmp_path):
 
 @pytest.mark.parametrize('fault', [
     Fault('GET', '/cdn/', 500), Fault('GET', '/cdn/', 'reset'), Fault('GET', '/cdn/', 'truncate', 99),
-    Fault('GET', '/api/models/', 500, 99), Fault('POST', 'paths-info', 'close'),
+    Fault('GET', '/api/models/', 500, 99), Fault('GET', '/tree/', 'close', 99),
 ], ids=lambda fault: f'{fault.path.strip("/").replace("/", "_")}-{fault.action}')
 def test_pull_interrupted(fault, hub, client, folder, tmp_path, request):
     publish(hub, folder)
     hub.faults.append(fault)
     printed, error = client(pull_code('--output', tmp_path / 'out'), request.node.name)
-    assert error == 'AssertionError: 1' and 'timm-awm: ' in printed
+    assert error == 'AssertionError: 1' and 'timm-awm: ' in printed and 'ry again' in printed
     assert not list(tmp_path.iterdir())
     hub.faults.clear()
     assert client(pull_code('--output', tmp_path / 'out'), request.node.name)[1] == ''
@@ -476,10 +506,11 @@ def test_pull_of_pickles(hub, client, folder, tmp_path):
 
 
 @pytest.mark.parametrize('changes, said', [
-    (dict(architecture='awm_resnet14_tomorrow'), "'awm_resnet14_tomorrow' that neither timm"),
+    (dict(architecture='awm_resnet14_tomorrow'), "'awm_resnet14_tomorrow', which is no AWM model"),
     (dict(num_classes=11), '11 classes, but its classifier has 10'),
-    (dict(model_args=dict(num_classes=11)), 'says 10 classes, but its model_args say 11'),
-    (dict(architecture=None), 'neither timm'),
+    (dict(model_args=dict(num_classes=11)), 'does not take all weights of model.safetensors: its fc.bias, fc.weight'),
+    (dict(architecture=None), "'None', which is no AWM model"),
+    (dict(architecture='resnet18', model_args=dict(pretrained_strict=False)), "'resnet18', which is no AWM model"),
 ])
 def test_pull_of_a_wrong_configuration(changes, said, hub, client, folder, tmp_path):
     publish(hub, folder, **{'config.json': config_with(folder, **changes)})
@@ -575,7 +606,7 @@ def test_export_of_a_run(run, tmp_path):
     for path in folder.iterdir():
         assert str(tmp_path).encode() not in path.read_bytes() and b'private' not in path.read_bytes()
     args = yaml.safe_load((folder / 'args.yaml').read_text())
-    assert args['data_dir'] == 'flowers' and args['resume'] == 'last.pth.tar' and args['lr'] == 0.1
+    assert args['data_dir'] == 'flowers' and args['resume'] == '' and args['lr'] == 0.1
     assert (folder / 'summary.csv').read_bytes() == (run / 'summary.csv').read_bytes()
     assert 'awm_resnet14_cifar' in (folder / 'recipe.yaml').read_text()
     card = ModelCard.load(folder / 'README.md')
@@ -598,6 +629,62 @@ def test_which_weights(flags, file, key, top1, run, tmp_path):
     assert all(torch.equal(v, expected[k]) for k, v in load_folder(tmp_path / 'out').state_dict().items())
     results = ModelCard.load(tmp_path / 'out' / 'README.md').data.eval_results or []
     assert [result.metric_value for result in results] == ([] if top1 is None else [top1])
+
+
+def change(run, **changes):
+    args = yaml.safe_load((run / 'args.yaml').read_text())
+    (run / 'args.yaml').write_text(yaml.safe_dump({**args, **changes}))
+
+
+def test_only_results_of_the_same_weights(run, tmp_path):
+    (tmp_path / 'elsewhere').mkdir()
+    elsewhere = tmp_path / 'elsewhere' / 'last.pth.tar'
+    elsewhere.write_bytes((run / 'last.pth.tar').read_bytes())
+    (run / 'recovery-2-5.pth.tar').write_bytes((run / 'last.pth.tar').read_bytes())
+    for i, checkpoint in enumerate((elsewhere, run / 'recovery-2-5.pth.tar')):
+        export_run(run, tmp_path / str(i), checkpoint=str(checkpoint))
+        assert not ModelCard.load(tmp_path / str(i) / 'README.md').data.eval_results
+    change(run, model_ema_force_cpu=True)  # then train.py evaluates the others
+    export_run(run, tmp_path / 'averaged')
+    assert not ModelCard.load(tmp_path / 'averaged' / 'README.md').data.eval_results
+    export_run(run, tmp_path / 'raw', use_ema=False)
+    assert ModelCard.load(tmp_path / 'raw' / 'README.md').data.eval_results[0].metric_value == 60.0
+
+
+@pytest.mark.parametrize('changes, given, expected', [
+    (dict(), None, 'apache-2.0'), (dict(), 'mit', 'mit'), (dict(pretrained=True, pretrained_path='x.pth'), None, None),
+    (dict(initial_checkpoint='x.pth'), None, None),
+    (dict(pretrained=True, model='awm_resnet18.tv_in1k_identity', model_kwargs={}), None, 'bsd-3-clause'),
+])
+def test_licence(changes, given, expected, run, tmp_path):
+    change(run, **changes)
+    if 'model' in changes:
+        model = trained('awm_resnet18', num_classes=3, global_pool='max')
+        torch.save(dict(epoch=2, state_dict=model.state_dict()), run / 'last.pth.tar')
+    export_run(run, tmp_path / 'out', license=given)
+    card = ModelCard.load(tmp_path / 'out' / 'README.md')
+    assert card.data.license == expected
+    assert json.loads((tmp_path / 'out' / 'config.json').read_text())['pretrained_cfg'].get('license') == expected
+    assert card.data.base_model == ('timm/resnet18.tv_in1k' if 'model' in changes else None)
+
+
+def test_own_recipe_loses_its_folders(run, tmp_path):
+    mine = tmp_path / 'mine.yaml'
+    mine.write_text('model: awm_resnet14_cifar\ndata_dir: /home/alice/secret/data\n')
+    export_run(run, tmp_path / 'out', recipe=str(mine))
+    assert yaml.safe_load((tmp_path / 'out' / 'recipe.yaml').read_text()) == dict(
+        model='awm_resnet14_cifar', data_dir='data')
+
+
+@pytest.mark.parametrize('value, expected', [
+    ('/home/me/data', 'data'), ('/Users/Alice Smith/data/', 'data'), ('~/x/data', 'data'), ('../../me/data', 'data'),
+    ('./me/data', 'data'), ('$HOME/me/data', 'data'), ('C:\\Users\\me\\data', 'data'),
+    ('hfds//home/me/data', 'hfds/data'), ('hfds/../me/data', 'hfds/data'), ('local-dir:/home/me/net', 'local-dir:net'), ('see "/home/me/x y"', 'see "x y"'),
+    (['/a/b', {'c': '/d/e'}], ['b', {'c': 'e'}]),
+    *((same, same) for same in ('hfds/uoft-cs/cifar10', 'output/train', 'train[:45000]', 'rand-m7-inc1', '', 0.1, None)),
+])
+def test_without_paths(value, expected):
+    assert without_paths(value) == expected
 
 
 def test_results_of_validate_script(run, tmp_path):
@@ -634,11 +721,14 @@ def test_label_names_given_or_unknown(run, tmp_path, capsys):
     (lambda run: [path.write_bytes(path.read_bytes()[:1000]) for path in run.glob('*.tar')], 'is damaged'),
     (lambda run: torch.save(dict(x=subprocess.Popen), run / 'last.pth.tar'), 'no checkpoint of train.py'),
     (lambda run: torch.save(dict(epoch=0, state_dict=dict(x=torch.ones(1))), run / 'last.pth.tar'), 'does not fit'),
+    (lambda run: change(run, model_kwargs=dict(foo=1)), 'cannot be built'),
+    (lambda run: change(run, model='resnet18', model_kwargs={}), 'does not fit|Missing key|not created under'),
+    (lambda run: (run / 'summary.csv').write_text('a,b\n1,2\n'), 'not what train.py writes'),
 ])
 def test_what_is_no_run(break_it, said, run, tmp_path, capsys):
     break_it(run)
     assert main(['push', str(run), '--dry-run', '--output', str(tmp_path / 'out')]) == 1
-    assert said in capsys.readouterr().err
+    assert re.search(said, capsys.readouterr().err)
     assert not (tmp_path / 'out').exists()
 
 
@@ -667,11 +757,19 @@ else:
     assert 'import timm_awm' in json.loads((folder / 'config.json').read_text())['pretrained_cfg']['description']
 
 
+def test_description_of_anybodys_folder(folder, tmp_path):
+    model = load_folder(folder)
+    (tmp_path / 'config.json').write_text(json.dumps(dict(architecture=MODEL)))
+    (tmp_path / 'README.md').write_text('---\nmodel-index: [\n---\n')
+    assert describe(tmp_path, model).startswith(MODEL)
+
+
 def test_push_needs_a_goal(folder, capsys):
-    with contextlib.suppress(SystemExit):
-        assert main(['push', str(folder)]) == 1
+    assert main(['push', str(folder)]) == 1
     assert 'Name a REPO_ID' in capsys.readouterr().err
     assert main(['push', '--all', str(folder), '--dry-run']) == 1
     assert 'no Hub folder' in capsys.readouterr().err
     assert main(['push', str(folder), '--dry-run']) == 0
-    assert timm_awm.__version__
+    for flags in (['--license', 'mit'], ['--no-ema'], ['--checkpoint', 'best'], ['--output', 'x']):
+        assert main(['push', str(folder), '--dry-run', *flags]) == 1
+        assert 'is no run' in capsys.readouterr().err

@@ -1,6 +1,6 @@
 """Any of timm's own ResNets or DenseNets with AWM merges: the same network, the same function."""
 from functools import partial
-from typing import Any, Dict, Optional, Tuple
+from typing import Any, Dict, Iterable, Optional
 
 import timm
 from timm.models import (
@@ -16,7 +16,7 @@ from timm.models import (
     register_model,
     split_model_name_tag,
 )
-from timm.models.densenet import _filter_torchvision_pretrained  # private: there is no other
+from timm.models.densenet import DenseBlock, DenseLayer, _filter_torchvision_pretrained  # private: there is no other
 from torch import nn
 
 from .models import (
@@ -35,6 +35,7 @@ from .models._weights import identity_cfg
 __all__ = ['convert']
 
 GENERIC = 'awm_converted'
+BLOCKS = (BasicBlock, Bottleneck, DenseBlock, DenseLayer)
 AWM_CLASSES: Dict[type, type] = {
     ResNet: AwmResNet,
     CifarResNet: AwmCifarResNet,
@@ -47,7 +48,8 @@ def convert(model: nn.Module, awm_hidden: Optional[int] = None) -> nn.Module:
     """Changes the model itself: gives one of timm's own ResNets or DenseNets AWM merges, and returns it.
 
     Trained or not, on any device, in any dtype and mode, it computes what it did before (bit for bit, if merges are not
-    fused: `set_fused_merge`), for every merge is at the identity start. Its parameters stay the same objects with the
+    fused: `set_fused_merge`), for every merge is at the identity start. Only images smaller than its stride are refused
+    from then on. Its parameters stay the same objects with the
     same names; hooks stay too. Merges stand where the sums and concatenations were, behind attention and drop path. It
     is then ready for the alternating optimizer and for `timm_awm.hub.save_for_hub`. A copy: convert(deepcopy(model)).
 
@@ -66,17 +68,19 @@ def convert(model: nn.Module, awm_hidden: Optional[int] = None) -> nn.Module:
     insert: Any = insert_sum_merges if isinstance(model, ResNet) else insert_concat_merges
     insert(model, **({} if awm_hidden is None else dict(hidden_features=awm_hidden)))
     model.__class__ = AWM_CLASSES[type(model)]
-    model.total_stride = model.feature_info[-1]['reduction']
+    model.total_stride = max(info['reduction'] for info in model.feature_info if _is_there(model, info['module']))
     enlist(model)
     cfg: Dict[str, Any] = getattr(model, 'pretrained_cfg', {})
     if cfg:
-        base = cfg['architecture']
-        if not base.startswith('awm_') and not is_model(f'awm_{base}'):
+        base = getattr(model, 'awm_base', cfg['architecture'].removeprefix('awm_'))
+        architecture = f'awm_{base}'
+        if not is_model(architecture):
+            architecture = GENERIC
             model.awm_base = base  # what `awm_converted` builds it of
         # where the weights came from is not known any more: nobody says whether they were loaded, or trained since
         model.pretrained_cfg = model.default_cfg = {
             **{k: v for k, v in filter_pretrained_cfg(cfg, remove_source=True).items() if k != 'tag'},
-            'architecture': GENERIC if hasattr(model, 'awm_base') else f'awm_{base.removeprefix("awm_")}',
+            'architecture': architecture,
             'description': f'{base} with AWM merges. Needs the package timm-awm: import timm_awm.',
         }
     return model
@@ -89,19 +93,30 @@ def _problem(model: nn.Module) -> str:
     if type(model) not in AWM_CLASSES:
         return f'{type(model).__module__}.{type(model).__name__} is none of the classes that get merges.'
     if isinstance(model, ResNet):
-        blocks = {type(block) for stage in _stages(model) for block in stage}
-        unknown = sorted(block.__name__ for block in blocks - {BasicBlock, Bottleneck})
-        if unknown:
-            return (
-                f'This ResNet is made of {", ".join(unknown)}, which adds up its paths by itself; there is a merge for '
-                "timm's BasicBlock and Bottleneck only.")
-        if not blocks:
-            return 'This ResNet has no blocks.'
-    return ''
+        stages = (model.layer1, model.layer2, model.layer3, model.layer4)
+        blocks = [block for stage in stages for block in stage]
+    else:
+        dense = [block for block in model.features if isinstance(block, DenseBlock)]
+        blocks = [*dense, *(layer for block in dense for layer in block.values())]
+    unknown = {type(block) for block in blocks} - set(BLOCKS)
+    if unknown:
+        return (
+            f'This {type(model).__name__} is made of {_names(unknown)}, which join their paths by themselves; there is '
+            f"a merge for timm's {_names(BLOCKS)} only.")
+    return '' if blocks else f'This {type(model).__name__} has no blocks.'
 
 
-def _stages(model: nn.Module) -> Tuple[nn.Module, ...]:
-    return model.layer1, model.layer2, model.layer3, model.layer4  # type: ignore[return-value]
+def _names(classes: Iterable[type]) -> str:
+    return ', '.join(sorted(cls.__name__ for cls in classes))
+
+
+def _is_there(model: nn.Module, name: str) -> bool:
+    """Whether a module has not been pruned, as by timm's `prune_intermediate_layers`."""
+    try:
+        module = model.get_submodule(name)
+    except AttributeError:
+        return False
+    return not (isinstance(module, nn.Sequential) and len(module) == 0)
 
 
 default_cfgs = generate_default_cfgs({
@@ -123,7 +138,7 @@ def awm_converted(pretrained: bool = False, base: str = 'resnet50', **kwargs) ->
     if not kwargs.get('pretrained_cfg'):
         kwargs['pretrained_cfg'] = identity_cfg(get_pretrained_cfg(base), GENERIC).to_dict()
     plain = partial(timm.create_model, name)
-    return create_awm_model(
+    model = create_awm_model(
         lambda **plain_kwargs: convert(plain(**plain_kwargs), awm_hidden),
         plain,
         GENERIC,
@@ -132,3 +147,5 @@ def awm_converted(pretrained: bool = False, base: str = 'resnet50', **kwargs) ->
         feature_cfg=dict(flatten_sequential=True) if is_model_in_modules(name, ('densenet',)) else {},
         **kwargs,
     )
+    model.awm_base = name
+    return model

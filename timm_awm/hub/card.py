@@ -5,6 +5,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, List, Mapping, Optional
 
+import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from torch import nn
 
@@ -101,7 +102,7 @@ def describe(folder: Path, model: nn.Module) -> str:
         model: The model in it.
     """
     config = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
-    cfg = config['pretrained_cfg']
+    cfg = config.get('pretrained_cfg', config)
     total, in_merges, merges = count_parameters(model)
     lines = [
         ', '.join([config['architecture'], *(f'tag {tag}' for tag in [cfg.get('tag')] if tag)]),
@@ -109,13 +110,15 @@ def describe(folder: Path, model: nn.Module) -> str:
         f'{total:,} parameters, {in_merges:,} of them in {merges} merges; {model.num_classes} classes; licence: '
         f'{cfg.get("license") or "not stated"}',
     ]
-    if (folder / 'README.md').is_file():
-        card = ModelCard.load(folder / 'README.md', ignore_metadata_errors=True)
-        lines += [
-            f'{result.metric_name or result.metric_type}: {result.metric_value} on {result.dataset_name}, '
-            f'{result.dataset_split}'
-            for result in card.data.eval_results or []
-        ]
+    try:
+        results = ModelCard.load(folder / 'README.md', ignore_metadata_errors=True).data.eval_results or []
+    except (OSError, ValueError, yaml.YAMLError):  # anybody's, or none
+        results = []
+    lines += [
+        f'{result.metric_name or result.metric_type}: {result.metric_value} on {result.dataset_name}, '
+        f'{result.dataset_split}'
+        for result in results
+    ]
     return '\n'.join(lines)
 
 
@@ -156,6 +159,7 @@ def _head(folder: Path, model: nn.Module, config: Mapping[str, Any]) -> str:
 
 def _usage(folder: Path, config: Mapping[str, Any]) -> str:
     weights = '' if config.get('model_args', {}).get('awm') is False else RECORD
+    mode = ' of mode L' if config['pretrained_cfg']['input_size'][0] == 1 else ''
     return f"""\
 ## Usage
 
@@ -169,13 +173,16 @@ import timm
 
 model = timm.create_model('hf-hub:{OWNER}/{folder.name}', pretrained=True).eval()
 transform = timm.data.create_transform(**timm.data.resolve_data_config({{}}, model=model))
-logits = model(transform(image).unsqueeze(0))  # image: a PIL image
+logits = model(transform(image).unsqueeze(0))  # image: a PIL image{mode}
 {weights}```"""
 
 
 def _training(folder: Path, training: Training) -> str:
     args = training.args
-    settings = [(key, args[key]) for key in SETTINGS if args.get(key) not in (None, False, 0, '', {}, [])]
+    unused = {'amp_dtype': not args.get('amp'), 'decay_milestones': args.get('sched') != 'multistep'}
+    settings = [
+        (key, args[key]) for key in SETTINGS
+        if args.get(key) not in (None, False, 0, '', {}, []) and not unused.get(key)]
     settings.append(('seed', args.get('seed')))
     splits = f'trained on `{args.get("train_split")}`, evaluated after every epoch on `{args.get("val_split")}`'
     lines = [

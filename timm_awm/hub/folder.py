@@ -8,15 +8,17 @@ import tempfile
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
-from typing import Any, Dict, Iterator, Mapping, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterator, Mapping, Optional, Sequence, Tuple, Union
 
 import timm
 import torch
-from timm.models import is_model, save_for_hf
+from safetensors.torch import load_file
+from timm.models import DenseNet, ResNet, is_model, save_for_hf
 from torch import nn
 
 from ..layers import MixingWeights
 from ..models._awm import AwmModel
+from ..models._weights import SAFETENSORS
 from .card import write_card
 
 __all__ = ['load_folder', 'new_folder', 'save_for_hub', 'write_model']
@@ -29,13 +31,13 @@ KEPT = (
 ARGUMENTS: Tuple[Tuple[str, str], ...] = (
     (r'\.merge\b', 'awm_hidden'),
     (r'\.se\b', "block_args=dict(attn_layer=...)"),
-    (r'\.aa\b|maxpool|pool0', 'aa_layer'),
+    (r'\.aa\b|maxpool|pool0', 'aa_layer or replace_stem_pool'),
     (r'\bact\d?\b', 'act_layer'),
     (r'downsample', 'avg_down, down_kernel_size or output_stride'),
     (r'global_pool', 'global_pool'),
     (r'^(fc|classifier)', 'num_classes'),
     (r'\b(bn|norm)\d?\b', 'norm_layer'),
-    (r'^(conv1|features\.conv\d)', 'in_chans, stem_type or stem_width'),
+    (r'^(conv1|features\.conv\d)', 'in_chans, stem_type, stem_width or growth_rate'),
     (r'layer\d\.\d+\.conv\d', 'cardinality, base_width, block_reduce_first or output_stride'),
     (r'denselayer\d+\.conv\d', 'growth_rate or bn_size'),
     (r'^layer\d', 'layers'),
@@ -63,7 +65,7 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 def save_for_hub(
         model: nn.Module,
-        folder: Path,
+        folder: Union[str, Path],
         model_args: Optional[Mapping[str, Any]] = None,
         pretrained_cfg: Optional[Mapping[str, Any]] = None,
         label_names: Optional[Sequence[str]] = None,
@@ -99,10 +101,12 @@ def write_model(
         label_names: Optional[Sequence[str]] = None,
 ) -> None:
     """As `save_for_hub`, without a card and into a folder that exists."""
-    if not getattr(model, 'pretrained_cfg', None):
+    built = isinstance(model, (ResNet, DenseNet)) and getattr(model, 'pretrained_cfg', {}).get('architecture') or ''
+    if not built.startswith('awm_'):
         raise ValueError(
-            f'This {type(model).__name__} was not created by timm, which could build it again: use timm.create_model, '
-            'or timm_awm.convert on a model of timm.')
+            f'This {type(model).__name__} was not created under the name of an AWM model, by which it could be built '
+            'again: use timm.create_model, or timm_awm.convert on a model of timm, and save it before it is wrapped or '
+            "compiled. timm's own models are saved by timm.models.save_for_hf.")
     if label_names is not None and len(label_names) != model.num_classes:
         raise ValueError(f'There are {len(label_names)} label names for {model.num_classes} classes.')
     # a copy, for safetensors takes no channels-last tensors
@@ -115,6 +119,8 @@ def write_model(
     chans = args['in_chans']
     if len(cfg['mean']) != chans:
         cfg.update({name: [sum(cfg[name]) / len(cfg[name])] * chans for name in ('mean', 'std')})
+    if chans not in (1, 3):
+        cfg.pop('first_conv', None)  # before 1.0.31, timm would give the model a new one
     config['pretrained_cfg'] = {
         **cfg,
         'input_size': [chans, *cfg['input_size'][1:]],
@@ -128,29 +134,33 @@ def write_model(
     _compare(model, folder)
 
 
-def load_folder(folder: Path) -> nn.Module:
-    """The model of a Hub folder.
+def load_folder(folder: Union[str, Path]) -> nn.Module:
+    """The model of a Hub folder, with exactly the weights in it.
 
     Raises:
         ValueError: What is in the folder is damaged, incomplete, or does not fit together; says what.
     """
+    folder = Path(folder)
     path = folder / 'config.json'
     try:
         config = json.loads(path.read_text(encoding='utf-8'))
         architecture = str(config['architecture'])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f'{path} is no configuration of a timm model ({type(error).__name__}: {error}).') from error
-    if not is_model(architecture):
+    if not (is_model(architecture) and architecture.startswith('awm_')):
         raise ValueError(
-            f'{path} is of an architecture {architecture!r} that neither timm {timm.__version__} nor this timm_awm '
-            'knows: a newer version may.')
+            f'{path} is of an architecture {architecture!r}, which is no AWM model that this timm_awm knows: a newer '
+            'version may.')
     try:
         model = timm.create_model(f'local-dir:{folder}', pretrained=True)
     except (OSError, RuntimeError, TypeError, ValueError, KeyError, AssertionError) as error:
         raise ValueError(f'{folder} holds no whole {architecture}: {error}') from error
-    stated = config.get('num_classes', model.num_classes)
-    if model.num_classes != stated:
-        raise ValueError(f'{path} says {stated} classes, but its model_args say {model.num_classes}.')
+    weights, own = load_file(folder / SAFETENSORS), model.state_dict()
+    other = sorted(k for k in own if k not in weights or not torch.equal(own[k], weights[k].to(own[k].dtype)))
+    if other:
+        raise ValueError(
+            f'{path} builds a {architecture} that does not take all weights of {SAFETENSORS}: its '
+            f'{", ".join(other[:3])} would be new. Its num_classes or model_args are wrong.')
     return model
 
 
@@ -178,12 +188,11 @@ def _compare(model: nn.Module, folder: Path) -> None:
     shapes, rebuilt_shapes = ({k: v.shape for k, v in m.state_dict().items()} for m in (model, rebuilt))
     if shapes == rebuilt_shapes:
         rebuilt = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
-        weight = next(model.parameters())
-        size = rebuilt.pretrained_cfg['input_size']
-        images = torch.rand(2, *size, generator=torch.Generator().manual_seed(0)).to(weight.dtype)
+        images = torch.rand(2, *rebuilt.pretrained_cfg['input_size'], generator=torch.Generator().manual_seed(0))
         with torch.inference_mode():
-            if torch.equal(model(images), rebuilt.to(weight.dtype)(images)):
-                return
+            outputs, rebuilt_outputs = model.float()(images), rebuilt.float()(images)
+        if torch.allclose(outputs, rebuilt_outputs, rtol=0, atol=0, equal_nan=True):
+            return
     raise ValueError(_difference(model, rebuilt))
 
 

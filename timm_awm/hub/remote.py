@@ -1,11 +1,13 @@
 """To the Hugging Face Hub and back, through huggingface_hub, and compared."""
+import os
+import re
 import shutil
 import tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Iterator, List, Optional
+from typing import Iterator, List, Optional, Union
 
 import torch
 from huggingface_hub import HfApi, constants, snapshot_download
@@ -13,6 +15,7 @@ from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
     LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
@@ -23,7 +26,6 @@ from torch import nn
 
 from .. import __version__
 from ..models._weights import SAFETENSORS
-from .card import OWNER
 from .folder import load_folder, new_folder
 
 __all__ = ['pull', 'push']
@@ -35,7 +37,7 @@ PICKLE = 'pytorch_model.bin'
 
 
 def push(
-        folder: Path,
+        folder: Union[str, Path],
         repo_id: str,
         private: bool = True,
         revision: Optional[str] = None,
@@ -45,7 +47,7 @@ def push(
     """Publishes a Hub folder in one commit, fetches it back and compares every tensor and every other file.
 
     Nothing is uploaded if the folder's model cannot be built and loaded. A repository that does not exist is created;
-    one that exists keeps its visibility and its other files. Given again after a failure, it completes.
+    one that exists keeps its visibility and what others put there. Given again after a failure, it completes.
 
     Args:
         folder: Hub folder, as `save_for_hub` and `export_run` write it.
@@ -80,13 +82,14 @@ def push(
                     shutil.copyfile(folder / name, staged / name)
             card = staged / CARD
             text = card.read_text(encoding='utf-8')
-            card.write_text(text.replace(f'{OWNER}/{folder.resolve().name}', repo_id), encoding='utf-8')
+            card.write_text(re.sub(r'hf-hub:[\w.-]+/[\w.-]+', f'hf-hub:{repo_id}', text), encoding='utf-8')
             commit = api.upload_folder(
                 repo_id=repo_id,
                 folder_path=staged,
                 revision=revision,
                 create_pr=create_pr,
                 commit_message=f'{folder.resolve().name}, by timm-awm push',
+                delete_patterns=[name for name in PUBLISHED if not (staged / name).is_file()],  # of earlier weights
             )
             fetched = Path(snapshot_download(
                 repo_id,
@@ -121,7 +124,7 @@ class Pulled:
 
 def pull(
         repo_id: str,
-        output: Optional[Path] = None,
+        output: Union[str, Path, None] = None,
         revision: Optional[str] = None,
         allow_pickle: bool = False,
         token: Optional[str] = None,
@@ -141,6 +144,7 @@ def pull(
         RuntimeError: The Hub cannot be reached, refuses, has no such model, or what came is damaged.
         ValueError: What came does not fit together, or allow_pickle without an output.
     """
+    output = None if output is None else Path(output)
     if output is not None and output.exists():
         raise FileExistsError(f'{output} exists already: choose another folder with --output.')
     if allow_pickle and output is None:
@@ -152,12 +156,10 @@ def pull(
         cached = Path(snapshot_download(
             repo_id, revision=revision, allow_patterns=wanted, local_files_only=not verified, token=token))
         commit = cached.name
-        names = api.list_repo_files(repo_id, revision=commit) if verified else [path.name for path in cached.iterdir()]
-    _check_names(repo_id, names, allow_pickle)
-    if verified:
-        with _hub(repo_id):
-            infos = api.get_paths_info(repo_id, [name for name in wanted if name in names], revision=commit)
-        _verify(cached, [info for info in infos if isinstance(info, RepoFile)])
+        tree = list(api.list_repo_tree(repo_id, revision=commit)) if verified else []
+    infos = [entry for entry in tree if isinstance(entry, RepoFile) and entry.path in wanted]
+    _check_names(repo_id, [info.path for info in infos] if verified else os.listdir(cached), allow_pickle)
+    _verify(cached, infos)
     if output is None:
         return Pulled(cached, load_folder(cached), commit, verified)
     with new_folder(output) as partial:
@@ -176,10 +178,11 @@ def pull(
 
 def _check_names(repo_id: str, names: List[str], allow_pickle: bool) -> None:
     if CONFIG not in names:
-        raise RuntimeError(f'{repo_id} is no model of timm: it has no {CONFIG}.')
+        raise RuntimeError(f'{repo_id} is no model of timm, or not wholly in the cache: there is no {CONFIG}.')
     if SAFETENSORS not in names and not (allow_pickle and PICKLE in names):
-        hint = f' {PICKLE} is read, with weights_only=True, if --allow-pickle asks for it.' if PICKLE in names else ''
-        raise RuntimeError(f'{repo_id} has no {SAFETENSORS}.{hint}')
+        raise RuntimeError(
+            f'{repo_id} has no {SAFETENSORS}, or not in the cache. Weights in pickle form are read, with '
+            f'weights_only=True, if --allow-pickle asks for them.')
 
 
 def _verify(folder: Path, infos: List[RepoFile]) -> None:
@@ -234,4 +237,6 @@ def _explained(repo_id: str, error: BaseException) -> str:
         }
         status = error.response.status_code if error.response is not None else 0
         return f'{advice.get(status, "Try again.")} ({error})'
+    if isinstance(error, OfflineModeIsEnabled):
+        return 'The Hub is not asked, for HF_HUB_OFFLINE is set.'
     return f'{type(error).__name__} while talking to the Hub: {error}. Try again.'

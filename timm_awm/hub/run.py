@@ -6,7 +6,7 @@ import pickle
 import re
 import shutil
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
 import timm
 import torch
@@ -18,15 +18,19 @@ from .. import scripts
 from .card import Measured, Training, write_card
 from .folder import new_folder, write_model
 
-__all__ = ['export_run']
+__all__ = ['export_run', 'read_summary', 'without_paths']
 
-# of an absolute path, or one that starts at a home or at a folder above: all but its last part
-PRIVATE = re.compile(r'(?<![^\s:/=])(?:[A-Za-z]:[\\/]|~[^\s\\/]*[\\/]|(?:\.\.[\\/])+|/|\\\\)(?:[^\s]*[\\/](?=[^\s]))?')
+# where a path may begin that says something about a machine, and such a path amid other text
+START = r'(?:[A-Za-z]:[\\/]|[~$/]|\\\\|\.\.?[\\/])'
+WHOLE = re.compile(rf'((?:[\w-]{{2,}}[:/])?){START}.+')
+AMID = re.compile(rf'(?<=[\s\'"(\[{{:=,]){START}[^\s\'")\]}},]+')
+# of no use to anybody else: where a run was reported, and what it went on from
+DROPPED = ('wandb_project', 'wandb_tags', 'wandb_resume_id', 'resume')
 
 
 def export_run(
-        run: Path,
-        folder: Path,
+        run: Union[str, Path],
+        folder: Union[str, Path],
         checkpoint: str = 'last',
         use_ema: bool = True,
         tag: Optional[str] = None,
@@ -44,7 +48,8 @@ def export_run(
         checkpoint: 'last', 'best' (of the evaluated epochs), or a file.
         use_ema: Take the averaged weights, if the run kept such. They are what train.py evaluates then.
         tag: Of these weights, such as t3_c10.
-        license: Of these weights; if not given, that of the weights which the run started from, or else apache-2.0.
+        license: Of these weights; if not given, that of the weights of timm which the run started from, apache-2.0 if
+            it started from none, and none if it started from those of a file.
         label_names: Of the classes, in order; if not given, those of the data set, if it is at hand.
         recipe: The YAML file, or the name of the recipe, that the run was started with.
         data_id: The data set's name on the Hub, if args.yaml does not say it.
@@ -55,36 +60,39 @@ def export_run(
         FileNotFoundError: Something is missing in the run.
         ValueError: What is there is damaged or does not fit together.
     """
+    run, folder = Path(run), Path(folder)
     args = _read_args(run)
     path = _checkpoint(run, checkpoint)
     epoch, state_dict, is_ema = _read_checkpoint(path, use_ema)
-    norm_args = {name: args[name] for name in ('bn_momentum', 'bn_eps') if args.get(name) is not None}
-    model_args = {**norm_args, **(args.get('model_kwargs') or {})}
-    model = timm.create_model(
-        args['model'],
-        in_chans=args.get('in_chans') or (args.get('input_size') or [3])[0],
-        num_classes=args.get('num_classes'),
-        global_pool=args.get('gp'),
-        **model_args,
-    )
+    model = _model(args)
     model.load_state_dict(state_dict)
+    start: Mapping[str, Any] = model.pretrained_cfg if args.get('pretrained') else {}  # type: ignore[assignment]
+    if args.get('pretrained_path') or args.get('initial_checkpoint'):
+        start = {}
+        if not license:
+            print('Licence: none is stated, for the run started from weights of a file; --license states one.')
+    elif not license:
+        license = start.get('license') if start else 'apache-2.0'
     data, found_id = _data(args)
     cfg = dict(resolve_data_config(args, model=model))
-    start = model.pretrained_cfg if args.get('pretrained') and not args.get('pretrained_path') else {}
     cfg.update(
-        license=license or start.get('license') or 'apache-2.0',
         paper_ids='arXiv:1811.06878',
         description=(
-            f'{args["model"]} trained on {data}. Needs the package timm-awm: pip install timm-awm, import timm_awm.'),
+            f'{model.pretrained_cfg["architecture"]} trained on {data}. '  # type: ignore[index]
+            'Needs the package timm-awm: pip install timm-awm, import timm_awm.'),
         **(dict(tag=tag) if tag else {}),
+        **(dict(license=license) if license else {}),
     )
-    rows = _summary(run)
+    rows = read_summary(run)
     measured = [_measured(split, file) for split, file in (results or {}).items()]
-    as_evaluated = is_ema == bool(args.get('model_ema'))
-    if as_evaluated and 'eval_top1' in rows.get(epoch, {}):
-        row = rows[epoch]
-        measured.append(Measured(
-            str(args.get('val_split')), float(row['eval_top1']), float(row['eval_top5']), f'train.py, epoch {epoch}'))
+    # train.py evaluates the averaged weights, unless they are kept on the CPU; other files may be of other epochs
+    evaluated_ema = bool(args.get('model_ema')) and not args.get('model_ema_force_cpu')
+    of_epoch = path.parent.resolve() == run.resolve() and not path.name.startswith('recovery')
+    row = rows.get(epoch, {})
+    if of_epoch and is_ema == evaluated_ema and row.get('eval_top1'):
+        top5 = float(row['eval_top5']) if row.get('eval_top5') else None
+        measured.append(Measured(str(args.get('val_split')), float(row['eval_top1']), top5, f'train.py, epoch {epoch}'))
+    args = {k: '' if k in DROPPED else v for k, v in without_paths(args).items()}
     training = Training(
         args=args,
         epoch=epoch,
@@ -92,17 +100,40 @@ def export_run(
         data=data,
         data_id=data_id or found_id,
         measured=measured,
-        best=max((float(row['eval_top1']) for row in rows.values() if 'eval_top1' in row), default=None),
+        best=max((float(row['eval_top1']) for row in rows.values() if row.get('eval_top1')), default=None),
         base_model=start.get('hf_hub_id'),
     )
+    label_names = label_names or _label_names(_read_args(run), model.num_classes)
     with new_folder(folder) as partial:
-        write_model(model, partial, model_args, cfg, label_names or _label_names(args, model.num_classes))
-        (partial / 'args.yaml').write_text(yaml.safe_dump(_without_paths(args)), encoding='utf-8')
+        write_model(model, partial, args.get('model_kwargs'), cfg, label_names)
+        (partial / 'args.yaml').write_text(yaml.safe_dump(args), encoding='utf-8')
         shutil.copyfile(run / 'summary.csv', partial / 'summary.csv')
         if recipe:
-            shutil.copyfile(scripts.find_recipe(recipe), partial / 'recipe.yaml')
-        training.args = _without_paths(args)
+            _copy_recipe(scripts.find_recipe(recipe), partial / 'recipe.yaml')
         write_card(partial, model, training)
+
+
+def _model(args: Mapping[str, Any]) -> Any:
+    """The model that train.py built of its arguments, with new weights."""
+    try:
+        return timm.create_model(
+            args['model'],
+            in_chans=args.get('in_chans') or (args.get('input_size') or [3])[0],
+            num_classes=args.get('num_classes'),
+            global_pool=args.get('gp'),
+            **(args.get('model_kwargs') or {}),
+        )
+    except (RuntimeError, TypeError, AssertionError) as error:
+        raise ValueError(f'The model of args.yaml cannot be built: {error}') from error
+
+
+def _copy_recipe(source: Path, goal: Path) -> None:
+    """As it is, with its comments, if no folder of this machine is named in it."""
+    recipe = yaml.safe_load(source.read_text(encoding='utf-8'))
+    if without_paths(recipe) == recipe:
+        shutil.copyfile(source, goal)
+    else:
+        goal.write_text(yaml.safe_dump(without_paths(recipe)), encoding='utf-8')
 
 
 def _read_args(run: Path) -> Dict[str, Any]:
@@ -141,14 +172,17 @@ def _read_checkpoint(path: Path, use_ema: bool) -> Tuple[int, Dict[str, Any], bo
         raise ValueError(f'{path} is damaged, or no checkpoint of train.py: {error}') from error
 
 
-def _summary(run: Path) -> Dict[int, Dict[str, str]]:
+def read_summary(run: Path) -> Dict[int, Dict[str, str]]:
     """The rows of summary.csv by epoch. A resumed run has its header again and may have an epoch twice: the last one
     counts."""
     path = run / 'summary.csv'
     if not path.is_file():
         raise FileNotFoundError(f'There is no summary.csv in {str(run)!r}.')
-    with path.open(newline='', encoding='utf-8') as file:
-        return {int(row['epoch']): row for row in csv.DictReader(file) if row['epoch'] != 'epoch'}
+    try:
+        with path.open(newline='', encoding='utf-8') as file:
+            return {int(row['epoch']): row for row in csv.DictReader(file) if row['epoch'] != 'epoch'}
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f'{path} is not what train.py writes: {error!r}') from error
 
 
 def _measured(split: str, path: Path) -> Measured:
@@ -177,29 +211,38 @@ def _data(args: Mapping[str, Any]) -> Tuple[str, Optional[str]]:
 def _label_names(args: Mapping[str, Any], num_classes: int) -> Optional[List[str]]:
     """The names of a data set's classes, or None if it is not at hand or does not tell them."""
     try:
-        dataset = create_dataset(
-            args.get('dataset') or '',
-            root=args.get('data_dir') or args.get('data'),
-            split=args.get('val_split') or 'validation',
-            class_map=args.get('class_map') or '',
-            input_key=args.get('input_key'),
-            target_key=args.get('target_key'),
-        )
-        index = dataset.reader.class_to_idx
-        names = sorted(index, key=index.__getitem__)
+        scheme, _, name = str(args.get('dataset') or '').partition('/')
+        if scheme == 'hfds':  # timm's reader would fetch the data too
+            import datasets
+            features = datasets.load_dataset_builder(name).info.features
+            index = {label: i for i, label in enumerate(features[args['target_key']].names)}
+        else:
+            index = create_dataset(
+                args.get('dataset') or '',
+                root=args.get('data_dir') or args.get('data'),
+                split=args.get('val_split') or 'validation',
+                class_map=args.get('class_map') or '',
+            ).reader.class_to_idx
     except Exception as error:  # whatever a reader of data that may be gone can raise
-        print(f'Label names: not known, for the data set cannot be read ({error}); --label-names gives them.')
+        print(f'Label names: not known, for the data set cannot be read ({error!r}); --label-names gives them.')
         return None
     if sorted(index.values()) != list(range(num_classes)):
         print(f'Label names: not known, for the data set does not tell {num_classes}; --label-names gives them.')
         return None
-    return [str(name) for name in names]
+    return sorted(map(str, index), key=index.__getitem__)
 
 
-def _without_paths(value: Any) -> Any:
-    """Without the folders of the machine that something was run on."""
+def without_paths(value: Any) -> Any:
+    """Without the folders of the machine that something was run on: of a path, the last part is left."""
     if isinstance(value, Mapping):
-        return {k: _without_paths(v) for k, v in value.items()}
+        return {k: without_paths(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_without_paths(v) for v in value]
-    return PRIVATE.sub('', value).rstrip('\\/') if isinstance(value, str) and PRIVATE.search(value) else value
+        return [without_paths(v) for v in value]
+    if not isinstance(value, str):
+        return value
+    whole = WHOLE.fullmatch(value)
+    return whole[1] + _last_part(value) if whole else AMID.sub(lambda match: _last_part(match[0]), value)
+
+
+def _last_part(path: str) -> str:
+    return re.split(r'[\\/]', path.rstrip('\\/'))[-1]

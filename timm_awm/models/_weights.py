@@ -85,7 +85,8 @@ def fetch(cfg: Mapping[str, Any], cache_dir: Union[str, Path, None] = None) -> O
     Raises:
         RuntimeError: There are no safetensors, or they came damaged, and have been removed.
     """
-    if cfg.get('file') or cfg.get('state_dict') or not cfg.get('hf_hub_id'):
+    elsewhere = cfg.get('source') != 'hf-hub' and (cfg.get('file') or cfg.get('state_dict'))
+    if elsewhere or not cfg.get('hf_hub_id'):
         return None
     repo_id, _, revision = cfg['hf_hub_id'].partition('@')  # as timm names a revision
     filename = cfg.get('hf_hub_filename') or SAFETENSORS
@@ -136,14 +137,16 @@ def add_merges(
     merges = {k: v for k, v in own.items() if _is_merge_key(k)}
     missing = {k for k in own.keys() - state_dict.keys() if not k.endswith('num_batches_tracked')}
     missing_merges = merges.keys() & missing
-    if missing_merges and len(missing_merges) < len(merges):
+    if missing_merges and (published or len(missing_merges) < len(merges)):
         raise RuntimeError(_incomplete(missing_merges, merges))
     cfg: Mapping[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
     classifier = cfg.get('classifier') or ''
-    missing -= {*merges, f'{classifier}.weight', f'{classifier}.bias'}
+    missing -= merges.keys()
+    if not published or cfg['num_classes'] < 1:  # that of a published model of no classes is to be new
+        missing -= {f'{classifier}.weight', f'{classifier}.bias'}
     if missing and (strict or published):
         raise RuntimeError(
-            f'The checkpoint lacks {len(missing)} of the tensors of the backbone ({_some(missing)}): it is damaged, or '
+            f'The checkpoint lacks {len(missing)} of the tensors of the network ({_some(missing)}): it is damaged, or '
             'belongs to another architecture or to other model arguments.')
     weight = state_dict.get(f'{classifier}.weight')
     if published and weight is not None and len(weight) != cfg['num_classes']:

@@ -138,17 +138,19 @@ def insert_concat_merges(model: nn.Module, hidden_features: int = 24) -> None:
     blocks = [m for m in model.modules() if type(m) is DenseBlock and len(m)]
     if not blocks:
         raise ValueError(f"{type(model).__name__} has no dense block of timm's own class to give merges to.")
+    merges: List[List[Optional[nn.Module]]] = []  # all of them before anything is changed
     for block in blocks:
         layers = list(block.values())
         weight = layers[0].conv1.weight
         new_merge = partial(ConcatMerge, hidden_features=hidden_features, device=weight.device, dtype=weight.dtype)
-        block.__class__ = AwmDenseBlock
-        channels = [layers[0].conv1.in_channels]
-        for layer in layers:
+        channels = [layers[0].conv1.in_channels, *(layer.conv2.out_channels for layer in layers)]
+        merges.append([None, *(new_merge(channels[:n]).train(block.training) for n in range(2, len(channels) + 1))])
+    for block, (*of_layers, last) in zip(blocks, merges):
+        for layer, merge in zip(block.values(), of_layers):
             layer.__class__ = AwmDenseLayer
-            layer.add_module('merge', new_merge(channels).train(block.training) if len(channels) > 1 else None)
-            channels.append(layer.conv2.out_channels)
-        block.add_module('merge', new_merge(channels).train(block.training))
+            layer.add_module('merge', merge)
+        block.__class__ = AwmDenseBlock
+        block.add_module('merge', last)
 
 
 class AwmDenseNet(AwmModel, DenseNet):

@@ -154,16 +154,14 @@ def insert_sum_merges(model: nn.Module, hidden_features: int = 16) -> None:
     blocks = [m for m in model.modules() if type(m) in (BasicBlock, Bottleneck)]
     if not blocks:
         raise ValueError(f"{type(model).__name__} has no BasicBlock or Bottleneck of timm's own to give merges to.")
+    merges = []  # all of them before anything is changed
     for block in blocks:
-        if type(block) is BasicBlock:
-            last_conv = block.conv2
-            block.__class__ = AwmBasicBlock
-        else:
-            last_conv = block.conv3
-            block.__class__ = AwmBottleneck
+        last_conv = block.conv2 if type(block) is BasicBlock else block.conv3
         weight = last_conv.weight
-        block.merge = SumMerge(last_conv.out_channels, hidden_features, device=weight.device, dtype=weight.dtype)
-        block.merge.train(block.training)
+        merges.append(SumMerge(last_conv.out_channels, hidden_features, device=weight.device, dtype=weight.dtype))
+    for block, merge in zip(blocks, merges):
+        block.__class__ = AwmBasicBlock if type(block) is BasicBlock else AwmBottleneck
+        block.merge = merge.train(block.training)
     for stage in model.modules():
         if type(stage) is nn.Sequential and any(isinstance(block, AwmBlock) for block in stage):
             stage.__class__ = AwmStage
