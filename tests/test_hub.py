@@ -238,9 +238,10 @@ def test_load_of_a_part(missing, weakened, hub, client, folder):
     tensors = load_file(folder / 'model.safetensors')
     part = save({k: v for k, v in tensors.items() if not re.match(missing, k)})
     publish(hub, folder, **{'config.json': config_with(folder, **weakened), 'model.safetensors': part})
-    _, message = client(LOAD, missing)
+    cache = re.sub(r'\W', '', missing)
+    _, message = client(LOAD, cache)
     assert 'The checkpoint lacks' in message
-    printed, error = client(pull_code(), missing)
+    printed, error = client(pull_code(), cache)
     assert error == 'AssertionError: 1' and 'The checkpoint lacks' in printed
 
 
@@ -679,9 +680,10 @@ def test_own_recipe_loses_its_folders(run, tmp_path):
 @pytest.mark.parametrize('value, expected', [
     ('/home/me/data', 'data'), ('/Users/Alice Smith/data/', 'data'), ('~/x/data', 'data'), ('../../me/data', 'data'),
     ('./me/data', 'data'), ('$HOME/me/data', 'data'), ('C:\\Users\\me\\data', 'data'),
-    ('hfds//home/me/data', 'hfds/data'), ('hfds/../me/data', 'hfds/data'), ('local-dir:/home/me/net', 'local-dir:net'), ('see "/home/me/x y"', 'see "x y"'),
+    ('hfds//home/me/data', 'hfds/data'), ('hfds/../me/data', 'hfds/data'),
+    ('local-dir:/home/me/net', 'local-dir:net'), ('see "/home/me/x y"', 'see "x y"'),
     (['/a/b', {'c': '/d/e'}], ['b', {'c': 'e'}]),
-    *((same, same) for same in ('hfds/uoft-cs/cifar10', 'output/train', 'train[:45000]', 'rand-m7-inc1', '', 0.1, None)),
+    *((same, same) for same in ('hfds/uoft-cs/cifar10', 'output/train', 'train[:45000]', 'rand-m7', '', 0.1, None)),
 ])
 def test_without_paths(value, expected):
     assert without_paths(value) == expected

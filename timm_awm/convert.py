@@ -68,7 +68,7 @@ def convert(model: nn.Module, awm_hidden: Optional[int] = None) -> nn.Module:
     insert: Any = insert_sum_merges if isinstance(model, ResNet) else insert_concat_merges
     insert(model, **({} if awm_hidden is None else dict(hidden_features=awm_hidden)))
     model.__class__ = AWM_CLASSES[type(model)]
-    model.total_stride = max(info['reduction'] for info in model.feature_info if _is_there(model, info['module']))
+    model.total_stride = max(info['reduction'] for info in model.feature_info if _is_left(model, info['module']))
     enlist(model)
     cfg: Dict[str, Any] = getattr(model, 'pretrained_cfg', {})
     if cfg:
@@ -94,7 +94,7 @@ def _problem(model: nn.Module) -> str:
         return f'{type(model).__module__}.{type(model).__name__} is none of the classes that get merges.'
     if isinstance(model, ResNet):
         stages = (model.layer1, model.layer2, model.layer3, model.layer4)
-        blocks = [block for stage in stages for block in stage]
+        blocks = [block for stage in stages if _is_left(stage) for block in stage]
     else:
         dense = [block for block in model.features if isinstance(block, DenseBlock)]
         blocks = [*dense, *(layer for block in dense for layer in block.values())]
@@ -110,13 +110,13 @@ def _names(classes: Iterable[type]) -> str:
     return ', '.join(sorted(cls.__name__ for cls in classes))
 
 
-def _is_there(model: nn.Module, name: str) -> bool:
-    """Whether a module has not been pruned, as by timm's `prune_intermediate_layers`."""
+def _is_left(module: nn.Module, name: str = '') -> bool:
+    """Whether a module in another has not been pruned, as by timm's `prune_intermediate_layers`."""
     try:
-        module = model.get_submodule(name)
+        found = module.get_submodule(name)
     except AttributeError:
         return False
-    return not (isinstance(module, nn.Sequential) and len(module) == 0)
+    return not (type(found) is nn.Identity or isinstance(found, nn.Sequential) and len(found) == 0)
 
 
 default_cfgs = generate_default_cfgs({
