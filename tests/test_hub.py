@@ -20,6 +20,7 @@ from timm_awm.cli import main
 from timm_awm.hub import describe, export_run, load_folder, save_for_hub
 from timm_awm.hub.run import without_paths
 from timm_awm.layers import MixingWeights
+from timm_awm.scripts import recipes
 
 MODEL = 'awm_resnet14_cifar'
 CLIENT = Path(__file__).with_name('hub_client.py')
@@ -667,6 +668,18 @@ def test_licence(changes, given, expected, run, tmp_path):
     assert card.data.license == expected
     assert json.loads((tmp_path / 'out' / 'config.json').read_text())['pretrained_cfg'].get('license') == expected
     assert card.data.base_model == ('timm/resnet18.tv_in1k' if 'model' in changes else None)
+
+
+def test_recipe_of_the_run_is_found(run, tmp_path):
+    export_run(run, tmp_path / 'none')
+    assert not (tmp_path / 'none' / 'recipe.yaml').exists()
+    path = recipes()['cifar10/awm_resnet14_cifar']
+    recipe = yaml.safe_load(path.read_text())
+    change(run, **{**recipe, 'gp': None, 'model_kwargs': {}})
+    torch.save(dict(epoch=2, state_dict=trained().state_dict()), run / 'last.pth.tar')
+    export_run(run, tmp_path / 'out', label_names=list('abcdefghij'))
+    assert (tmp_path / 'out' / 'recipe.yaml').read_bytes() == path.read_bytes()
+    assert '-c recipe.yaml' in (tmp_path / 'out' / 'README.md').read_text()
 
 
 def test_own_recipe_loses_its_folders(run, tmp_path):

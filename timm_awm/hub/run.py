@@ -51,7 +51,8 @@ def export_run(
         license: Of these weights; if not given, that of the weights of timm which the run started from, apache-2.0 if
             it started from none, and none if it started from those of a file.
         label_names: Of the classes, in order; if not given, those of the data set, if it is at hand.
-        recipe: The YAML file, or the name of the recipe, that the run was started with.
+        recipe: The YAML file, or the name of the recipe, that the run was started with; if not given, one of ours, if
+            all that it says is true of the run.
         data_id: The data set's name on the Hub, if args.yaml does not say it.
         results: For a split, such as 'test', what timm's validate.py measured there with --results-file.
 
@@ -92,9 +93,9 @@ def export_run(
     if of_epoch and is_ema == evaluated_ema and row.get('eval_top1'):
         top5 = float(row['eval_top5']) if row.get('eval_top5') else None
         measured.append(Measured(str(args.get('val_split')), float(row['eval_top1']), top5, f'train.py, epoch {epoch}'))
-    args = {k: '' if k in DROPPED else v for k, v in without_paths(args).items()}
+    public_args = {k: '' if k in DROPPED else v for k, v in without_paths(args).items()}
     training = Training(
-        args=args,
+        args=public_args,
         epoch=epoch,
         weights=path.name + (', averaged (EMA)' if is_ema else ''),
         data=data,
@@ -103,13 +104,14 @@ def export_run(
         best=max((float(row['eval_top1']) for row in rows.values() if row.get('eval_top1')), default=None),
         base_model=start.get('hf_hub_id'),
     )
-    label_names = label_names or _label_names(_read_args(run), model.num_classes)
+    label_names = label_names or _label_names(args, model.num_classes)
     with new_folder(folder) as partial:
         write_model(model, partial, args.get('model_kwargs'), cfg, label_names)
-        (partial / 'args.yaml').write_text(yaml.safe_dump(args), encoding='utf-8')
+        (partial / 'args.yaml').write_text(yaml.safe_dump(public_args), encoding='utf-8')
         shutil.copyfile(run / 'summary.csv', partial / 'summary.csv')
-        if recipe:
-            _copy_recipe(scripts.find_recipe(recipe), partial / 'recipe.yaml')
+        source = scripts.find_recipe(recipe) if recipe else _recipe_of(args)
+        if source:
+            _copy_recipe(source, partial / 'recipe.yaml')
         write_card(partial, model, training)
 
 
@@ -125,6 +127,14 @@ def _model(args: Mapping[str, Any]) -> Any:
         )
     except (RuntimeError, TypeError, AssertionError) as error:
         raise ValueError(f'The model of args.yaml cannot be built: {error}') from error
+
+
+def _recipe_of(args: Mapping[str, Any]) -> Optional[Path]:
+    for path in scripts.recipes().values():
+        recipe = yaml.safe_load(path.read_text(encoding='utf-8'))
+        if all(args.get(key) == value for key, value in recipe.items()):
+            return path
+    return None
 
 
 def _copy_recipe(source: Path, goal: Path) -> None:
