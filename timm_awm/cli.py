@@ -7,10 +7,11 @@ import signal
 import sys
 import tempfile
 from pathlib import Path
-from typing import List, NoReturn, Optional, Tuple
+from typing import Any, Dict, List, NoReturn, Optional, Tuple
 
 import timm
 import torch
+from timm.utils import ParseKwargs
 from torch.utils.flop_counter import FlopCounterMode
 
 from . import __version__, bench, scripts
@@ -39,6 +40,7 @@ def main(args: Optional[List[str]] = None) -> int:
         '--dataset hfds/uoft-cs/cifar10 --input-key img --target-key label --split test')
     _add_bench(commands)
     _add_script(commands, 'benchmark', 'times', 'timm-awm benchmark --model awm_resnet50 --bench train -b 64 --amp')
+    _add_analyze(commands)
     _add_push(commands)
     _add_pull(commands)
     parsed, parsed_by_script = parser.parse_known_args(args)
@@ -218,6 +220,72 @@ def _bench(args: argparse.Namespace) -> None:
     ))
 
 
+def _add_analyze(commands) -> None:
+    parser = commands.add_parser(
+        'analyze',
+        help='look at what the merges of trained models do with images',
+        description='Infers λ of every merge for every image of a data set. Leaves λ over the depth and by class, the '
+                    'images with the highest and the lowest sum of λ1 (ResNets), the share of the variance of λ that '
+                    'lies between classes, the accuracy with merges set back to the identity, and with --train-split '
+                    'what PCA and LDA tell of the class from λ and from pixels: summary.json, profile.csv and figures, '
+                    'and in one folder for each model lambda.npz, classes.csv and figures.',
+        epilog='Example: timm-awm analyze local-dir:awm_resnet20_cifar.t3_c10 --dataset hfds/uoft-cs/cifar10 '
+               '--input-key img --target-key label --split test --train-split train; timm-awm analyze '
+               'awm_resnet14_cifar awm_resnet20_cifar --checkpoint a/last.pth.tar b/last.pth.tar --data-dir images',
+    )
+    parser.add_argument(
+        'models', nargs='+', metavar='MODEL', help='AWM models as timm names them, hf-hub:... and local-dir:... too')
+    parser.add_argument(
+        '--checkpoint', nargs='+', default=[], metavar='FILE',
+        help="of train.py, one for each model (the models' own weights)")
+    parser.add_argument('--num-classes', type=_positive_int, metavar='N', help="(the models' own)")
+    parser.add_argument('--model-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='NAME=VALUE')
+    data = parser.add_argument_group("data, as for timm's validate.py; sizes and normalisation are the models' own")
+    data.add_argument('--dataset', default='', metavar='TYPE/NAME', help='such as hfds/uoft-cs/cifar10 (image folders)')
+    data.add_argument('--data-dir', metavar='DIR', help='root of the data set')
+    data.add_argument('--split', default='validation', help='split to analyse (%(default)s)')
+    data.add_argument('--train-split', metavar='SPLIT', help='split to fit PCA and LDA on (left out)')
+    data.add_argument('--input-key', metavar='KEY', help='column of the images')
+    data.add_argument('--target-key', metavar='KEY', help='column of the labels')
+    data.add_argument('--num-images', type=_positive_int, metavar='N', help='of each split, drawn at random (all)')
+    data.add_argument('-b', '--batch-size', type=_positive_int, default=256, metavar='N', help='(%(default)s)')
+    data.add_argument('-j', '--workers', type=int, default=4, metavar='N', help='processes that load (%(default)s)')
+    parser.add_argument(
+        '--ablation', action=argparse.BooleanOptionalAction, default=True,
+        help='set back each merge in turn, and all: as many passes as merges, and two more (yes)')
+    parser.add_argument('--device', help='(an accelerator if there is one, else cpu)')
+    parser.add_argument(
+        '--output', type=Path, default=Path('timm-awm-analysis'), metavar='FOLDER', help='new folder (%(default)s)')
+    parser.set_defaults(run=_analyze)
+
+
+def _analyze(args: argparse.Namespace) -> None:
+    try:
+        from . import analysis
+    except ModuleNotFoundError as error:
+        raise RuntimeError(f'the analysis needs {error.name}: pip install ".[analysis]", as the README says') from error
+    analysis.run(
+        analysis.Settings(
+            models=args.models,
+            checkpoints=args.checkpoint,
+            num_classes=args.num_classes,
+            model_kwargs=args.model_kwargs,
+            dataset=args.dataset,
+            data_dir=args.data_dir,
+            split=args.split,
+            input_key=args.input_key,
+            target_key=args.target_key,
+            batch_size=args.batch_size,
+            workers=args.workers,
+            device=args.device,
+            train_split=args.train_split,
+            num_images=args.num_images,
+            ablation=args.ablation,
+        ),
+        args.output,
+    )
+
+
 def _add_push(commands) -> None:
     parser = commands.add_parser(
         'push',
@@ -241,9 +309,10 @@ def _add_push(commands) -> None:
     of_run.add_argument(
         '--ema', action=argparse.BooleanOptionalAction, default=True, help='averaged weights, if there are such (yes)')
     of_run.add_argument('--tag', help='of the weights, such as t3_c10 (what follows the dot in NAME)')
-    of_run.add_argument('--license', help='of the weights (that of the weights the run started from, or apache-2.0)')
+    of_run.add_argument('--license', help='of the weights (apache-2.0, or that of the weights of timm it started from)')
     of_run.add_argument('--label-names', type=Path, metavar='FILE', help='names of the classes, a line each')
-    of_run.add_argument('--recipe', help='the recipe or YAML file that the run was started with, to go with it')
+    of_run.add_argument(
+        '--recipe', help='the recipe or YAML file that the run was started with (one of ours, if it is)')
     of_run.add_argument(
         '--dataset-id', metavar='ID', help="the data set's name on the Hub, if the run does not know it")
     of_run.add_argument(
@@ -255,17 +324,28 @@ def _add_push(commands) -> None:
     parser.set_defaults(run=_push)
 
 
+# the options of push that are about a run, and what they are if not given
+OF_RUN: Dict[str, Any] = dict(
+    output=None, checkpoint='last', ema=True, tag=None, license=None, label_names=None, recipe=None, dataset_id=None,
+    results=[])
+
+
 def _push(args: argparse.Namespace) -> None:
     from . import hub
     if not (args.repo_id or args.all or args.dry_run):
         raise ValueError('Where to? Name a REPO_ID, or use --dry-run.')
+    is_run = not args.all and not (args.source / 'config.json').is_file()
+    if not is_run and any(getattr(args, name) != default for name, default in OF_RUN.items()):
+        raise ValueError(
+            f'{args.source} is no run, whose weights and facts can be chosen: leave out '
+            + ', '.join(f'--{name.replace("_", "-")}' for name in OF_RUN) + '.')
     with contextlib.ExitStack() as stack:
         if args.all:
             owner = f'{args.repo_id}/' if args.repo_id else ''
             folders = {path.parent: owner + path.parent.name for path in sorted(args.source.glob('*/config.json'))}
             if not folders:
                 raise ValueError(f'There is no Hub folder in {args.source}.')
-        elif (args.source / 'config.json').is_file():
+        elif not is_run:
             folders = {args.source: args.repo_id}
         else:
             name = (args.repo_id or f'{args.source.resolve().name}-hub').rpartition('/')[2]

@@ -1,0 +1,559 @@
+import copy
+import csv
+import json
+import sys
+import weakref
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+
+import timm_awm
+from timm_awm import analysis, cli
+from timm_awm.hub import save_for_hub
+from timm_awm.layers import ConcatMerge, MixingWeights, SumMerge
+
+RESNET, DENSENET = 'awm_resnet14_cifar', 'awm_densenet22_cifar'
+COLORS = dict(blue=(40, 60, 200), green=(40, 190, 60), red=(210, 50, 40))  # in the order of their labels
+
+
+def trained(name, seed=0, **kwargs):
+    """A model whose merges and statistics are not those of the start."""
+    torch.manual_seed(seed)
+    model = timm.create_model(name, **kwargs).eval()
+    for module in model.modules():
+        if isinstance(module, MixingWeights):
+            torch.nn.init.normal_(module.weight2, std=2.)
+        elif isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.normal_(module.bias, std=.5)
+            torch.nn.init.uniform_(module.running_var, .5, 1.5)
+    return model
+
+
+def batches(count=12, size=5, classes=10, seed=1):
+    g = torch.Generator().manual_seed(seed)
+    images = torch.randn(count, 3, 32, 32, generator=g) + 2 * torch.randn(count, 3, 1, 1, generator=g)
+    labels = torch.randint(classes, (count,), generator=g)
+    return list(zip(images.split(size), labels.split(size)))
+
+
+def mix_of(model, merge):
+    return model.get_submodule(f'{merge}.mix')
+
+
+# λ
+
+@pytest.mark.parametrize('name, merges, paths', [
+    (RESNET, 6, [2] * 6), (DENSENET, 9, [2, 3, 4] * 3)])
+def test_observed_lambdas_are_those_by_hand(name, merges, paths):
+    model, data = trained(name), batches()
+    seen = analysis.observe(model, data)
+    assert [value.shape for value in seen.lambdas.values()] == [(12, n) for n in paths] and len(paths) == merges
+    assert torch.equal(seen.labels, torch.cat([labels for _, labels in data]))
+
+    maps = {}
+    handles = [
+        module.register_forward_hook(
+            lambda module, args, out, name=name: maps.update(
+                {name: list(args[0]) if isinstance(module, ConcatMerge) else args}))
+        for name, module in model.named_modules() if isinstance(module, (SumMerge, ConcatMerge))]
+    with torch.no_grad():
+        logits = model(torch.cat([images for images, _ in data]))
+    assert len(maps) == len(handles) == merges
+    for handle in handles:
+        handle.remove()
+    assert torch.equal(seen.predictions, logits.argmax(1))
+    for merge, of_merge in maps.items():
+        z = np.concatenate([x.double().numpy().mean((2, 3)) for x in of_merge], axis=1)
+        w1, w2 = (w.detach().double().numpy() for w in (mix_of(model, merge).weight1, mix_of(model, merge).weight2))
+        sigmoid = 1 / (1 + np.exp(-np.maximum(z @ w1.T, 0) @ w2.T))
+        by_hand = sigmoid / sigmoid.sum(1, keepdims=True)
+        assert np.abs(seen.lambdas[merge].numpy() - by_hand).max() < 1e-5
+        assert by_hand.std(0).max() > 1e-3  # they differ from image to image
+    only_lambdas = analysis.collect_mixing_weights(model, [images for images, _ in data])
+    assert list(only_lambdas) == list(maps)
+    assert all(torch.equal(value, seen.lambdas[merge]) for merge, value in only_lambdas.items())
+
+
+def test_observing_keeps_no_images_and_leaves_the_modes():
+    model = trained(RESNET).train()
+    model.layer2.eval()
+    modes = [m.training for m in model.modules()]
+    alive, most = [], 0
+
+    def stream():
+        nonlocal most
+        for seed in range(6):
+            (images, labels), = batches(4, 4, seed=seed)
+            alive.append(weakref.ref(images))
+            yield images, labels
+            del images, labels
+            most = max(most, sum(ref() is not None for ref in alive))
+
+    analysis.observe(model, stream())
+    assert most == 1 and len(alive) == 6
+    analysis.ablate(model, batches())
+    assert [m.training for m in model.modules()] == modes
+    assert not any(m._forward_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize('function', [analysis.observe, analysis.ablate])
+def test_nothing_to_look_at(function):
+    with pytest.raises(ValueError, match='There are no images'):
+        function(trained(RESNET), [])
+    with pytest.raises(ValueError, match='no AWM merge'):
+        function(timm.create_model(RESNET, awm=False), batches())
+
+
+# merges at the identity
+
+@pytest.mark.parametrize('name', [RESNET, DENSENET])
+def test_ablation_is_that_of_weights_set_to_zero(name):
+    model = trained(name)
+    images = torch.cat([x for x, _ in batches(96, 96)])
+    with torch.no_grad():
+        model.get_classifier().bias -= model(images).mean(0)  # or it would take all images for one class
+        labels = model(images).argmax(1)  # so that whatever is lost shows
+    data = list(zip(images.split(40), labels.split(40)))
+    result = analysis.ablate(model, data)
+
+    def accuracy_without(*merges):
+        changed = copy.deepcopy(model)
+        for merge in merges:
+            torch.nn.init.zeros_(mix_of(changed, merge).weight2)
+        with torch.no_grad():
+            return 100 * (changed(images).argmax(1) == labels).double().mean().item()
+
+    merges = list(analysis.observe(model, data).lambdas)
+    assert result.top1 == 100 and list(result.merges) == merges
+    assert result.all == pytest.approx(accuracy_without(*merges)) and result.all < 100
+    assert result.merges == pytest.approx({merge: accuracy_without(merge) for merge in merges})
+    assert len(set(result.merges.values())) > 2  # it matters which
+
+
+@pytest.mark.parametrize('name', [RESNET, DENSENET])
+def test_all_merges_at_the_identity_are_the_plain_control(name, unfused):
+    model = trained(name)
+    plain = timm.create_model(name, awm=False).eval()
+    plain.load_state_dict({k: v for k, v in model.state_dict().items() if '.mix.' not in k})
+    (images, _), = batches(6, 6)
+    with torch.no_grad():
+        before = model(images)
+        with analysis.identity_merges(model):
+            assert torch.equal(model(images), plain(images))
+        assert torch.equal(model(images), before) and not torch.allclose(before, plain(images), atol=1e-2)
+
+
+def test_merges_that_are_not_there():
+    with pytest.raises(ValueError, match="no AWM merge 'layer9.0.merge'"):
+        with analysis.identity_merges(trained(RESNET), ['layer1.0.merge', 'layer9.0.merge']):
+            pass
+
+
+# numbers
+
+def grouped(images=40, features=3, classes=4, spread=1., seed=0):
+    rng = np.random.default_rng(seed)
+    labels = np.arange(images) % classes
+    return rng.normal(size=(images, features)) + spread * rng.normal(size=(classes, features))[labels], labels
+
+
+def test_between_class_share_is_the_formula():
+    values, labels = grouped()
+    between = total = 0.
+    for feature in values.T:
+        for c in range(4):
+            between += (labels == c).sum() * (feature[labels == c].mean() - feature.mean()) ** 2
+        total += ((feature - feature.mean()) ** 2).sum()
+    assert analysis.between_class_share(values, labels) == pytest.approx(between / total, rel=1e-12)
+    assert analysis.between_class_share(labels[:, None] ** 2., labels) == pytest.approx(1)
+    assert np.isnan(analysis.between_class_share(np.full((40, 2), .1, np.float32), labels))
+
+
+def test_between_class_share_of_random_labels():
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=(30, 2))
+    shares = [analysis.between_class_share(values, rng.permutation(np.arange(30) % 5)) for _ in range(400)]
+    assert np.mean(shares) == pytest.approx(4 / 29, abs=0.01)
+
+
+def test_class_means():
+    classes, counts, means = analysis.class_means(np.array([[1., 10], [3, 20], [5, 30]]), np.array([7, 2, 7]))
+    assert (classes.tolist(), counts.tolist(), means.tolist()) == ([2, 7], [1, 2], [[3, 20], [3, 20]])
+
+
+def test_profile_and_features():
+    lambdas = dict(a=torch.tensor([[.2, .8], [.6, .4]]), b=torch.tensor([[.1, .2, .7], [.3, .3, .4]]))
+    profile = analysis.profile(lambdas)
+    assert profile['a'].mean == pytest.approx([.4, .6]) and profile['a'].std == pytest.approx([.2, .2])
+    assert profile['b'].mean == pytest.approx([.2, .25, .55]) and profile['b'].std == pytest.approx([.1, .05, .15])
+    assert analysis.as_features(lambdas) == pytest.approx(np.array([[.2, .1, .2], [.6, .3, .3]]))
+
+
+def test_ranking():
+    lambdas = dict(a=torch.tensor([[.2, .8], [.6, .4], [.5, .5]]), b=torch.tensor([[.9, .1], [.1, .9], [.1, .9]]))
+    order, sums = analysis.rank_images(lambdas)
+    assert order.tolist() == [2, 1, 0] and sums == pytest.approx([1.1, .7, .6])
+    with pytest.raises(ValueError, match='more than two paths'):
+        analysis.rank_images(dict(a=torch.ones(3, 2) / 2, b=torch.ones(3, 3) / 3))
+
+
+def test_cumulative_match_where_it_is_known():
+    cloud = np.array([[1, 0], [-1, 0], [0, 1], [0, -1]], float)  # the same in every direction
+    centers = np.array([[0, 0], [10, 0], [30, 0]], float)
+    train, labels = np.concatenate([center + cloud for center in centers]), np.repeat([3, 5, 9], 4)
+    test = np.array([[4, .5], [8, 0], [29, -.5], [28, 0]], float)  # nearest to 3, 5 (then 3), 9 (then 5, 3), 9
+    match = analysis.cumulative_match(train, labels, test, np.array([3, 3, 3, 9]))
+    assert match.tolist() == [50, 75, 100]
+    assert analysis.cumulative_match(train, labels, test, np.array([3, 3, 3, 9]), ranks=2).tolist() == [50, 75]
+
+
+@pytest.mark.parametrize('components', [5, 30])
+def test_cumulative_match_is_that_of_mahalanobis_distances(components):
+    """Where LDA keeps one dimension less than there are classes, its distances to class means rank as those do."""
+    values, labels = grouped(600, 8, 4, .5)
+    values *= np.arange(1, 9)
+    train, test = values[:400], values[400:]
+    match = analysis.cumulative_match(train, labels[:400], test, labels[400:], components)
+    _, _, axes = np.linalg.svd(train - train.mean(0), full_matrices=False)
+    train, test = train @ axes[:components].T, test @ axes[:components].T
+    means = np.stack([train[labels[:400] == c].mean(0) for c in range(4)])
+    inverse = np.linalg.inv(np.cov((train - means[labels[:400]]).T))
+    deviation = test[:, None] - means
+    distances = np.einsum('nci,ij,ncj->nc', deviation, inverse, deviation)
+    place = np.argsort(np.argsort(distances, axis=1), axis=1)[np.arange(200), labels[400:]]
+    assert match == pytest.approx([100 * (place < k).mean() for k in (1, 2, 3, 4)])
+    assert 30 < match[0] < match[1] < 100
+
+
+def test_cumulative_match_is_not_moved_by_rounding():
+    """A feature that is constant but for rounding would, scaled to the variance of the others, tell the classes."""
+    values, labels = grouped(200, 2, 3, 0)
+    hidden = np.c_[values, 1 + 1e-9 * labels]
+    assert analysis.cumulative_match(hidden, labels, hidden, labels)[0] < 60
+
+
+@pytest.mark.parametrize('values, train_labels, test_labels, message', [
+    (np.random.default_rng(0).normal(size=(4, 2)), [0, 0, 0, 0], [0, 0, 0, 0], 'needs two classes or more'),
+    (np.random.default_rng(0).normal(size=(4, 2)), [0, 1, 2, 3], [0, 1, 2, 3], '4 classes in 4 training images'),
+    (np.random.default_rng(0).normal(size=(4, 2)), [0, 1, 0, 1], [0, 1, 2, 3], 'no training images of class 2'),
+    (np.full((4, 2), .1), [0, 1, 0, 1], [0, 1, 0, 1], 'the same for every training image'),
+])
+def test_cumulative_match_needs_classes_and_features(values, train_labels, test_labels, message):
+    with pytest.raises(ValueError, match=message):
+        analysis.cumulative_match(values, np.array(train_labels), values, np.array(test_labels))
+
+
+def test_pixels_are_reduced_to_their_principal_components():
+    """Of images of rank 3, three incremental components are all: distances stay."""
+    torch.manual_seed(0)
+    images = (torch.randn(34, 3) @ torch.randn(3, 48) + 1).view(34, 3, 4, 4)
+    train, test = images[:22].split(10), images[22:].split(8)  # 10, 10 and 2, which are too few to be fitted
+    reduced = analysis.reduce_pixels(*([(x, None) for x in part] for part in (train, test)), components=3)
+    mean = images[:20].flatten(1).mean(0)
+    for got, expected in zip(reduced, (images[:22], images[22:])):
+        centered = (expected.flatten(1) - mean).numpy()
+        assert got.shape == (len(expected), 3) and got @ got.T == pytest.approx(centered @ centered.T, abs=1e-3)
+    variances = reduced[0][:20].var(0)
+    assert variances[0] > variances[1] > variances[2] > 0
+    with pytest.raises(ValueError, match='no batch of 11 images'):
+        analysis.reduce_pixels([(x, None) for x in train], [], components=11)
+
+
+# figures
+
+def test_profiles_of_several_models():
+    shallow = {f'layer{i}.0.merge': torch.tensor([[.2, .8], [.4, .6]]) for i in (1, 2, 3)}
+    other = {name: 1 - value for name, value in shallow.items()}
+    deep = {**shallow, 'layer4.0.merge': torch.tensor([[.5, .5], [.9, .1]])}
+    ax, = analysis.plot_profiles(dict(one=shallow, other=other)).axes
+    assert [tick.get_text() for tick in ax.get_xticklabels()] == ['layer1.0', 'layer2.0', 'layer3.0']
+    assert [line.get_ydata().tolist() for line in ax.lines[:2]] == [pytest.approx([.3] * 3), pytest.approx([.7] * 3)]
+    assert [text.get_text() for text in ax.get_legend().get_texts()][:2] == ['one', 'other']
+    figure = analysis.plot_profiles(dict(deep=deep, one=shallow))
+    figure.draw_without_rendering()
+    ax, = figure.axes
+    assert ax.lines[0].get_ydata().tolist() == pytest.approx([.3, .3, .3, .7])
+    band = ax.collections[0].get_paths()[0].vertices[:, 1]
+    assert (band.min(), band.max()) == (pytest.approx(.2), pytest.approx(.9))
+    labels = {tick.get_text() for tick in ax.get_xticklabels()}
+    assert {'1', '4'} <= labels and not any('layer' in text for text in labels)  # the models have not the same merges
+
+
+def test_profile_of_paths():
+    lambdas = dict(a=torch.tensor([[.2, .8], [.4, .6]]), b=torch.tensor([[.1, .2, .7], [.3, .2, .5]]))
+    mean, std, *_ = analysis.plot_path_profile(lambdas, 'net').axes
+    assert mean.images[0].get_array().filled(-1) == pytest.approx(np.array([[.6, 1.4, -1], [.6, .6, 1.8]]))
+    assert std.images[0].get_array().filled(-1) == pytest.approx(np.array([[.2, .2, -1], [.3, 0, .3]]), abs=1e-6)
+
+
+def test_class_means_less_the_mean_of_all():
+    residual = {f'layer1.{i}.merge': torch.ones(1, 2) / 2 for i in range(2)}
+    means = np.array([[.2, .8, .5, .5], [.4, .6, .5, .5]])
+    ax, _ = analysis.plot_class_means(means, ['cat', 'dog'], residual, 'net').axes
+    assert ax.images[0].get_array().data == pytest.approx(np.array([[-.1, 0], [.1, 0]]))  # λ1 of each merge
+    assert [tick.get_text() for tick in ax.get_yticklabels()] == ['cat', 'dog']
+    assert [tick.get_text() for tick in ax.get_xticklabels()] == ['layer1.0', 'layer1.1']
+    assert ax.get_xticks().tolist() == [0, 1]
+    dense = dict(a=torch.ones(1, 2) / 2, b=torch.ones(1, 3) / 3)
+    ax, _ = analysis.plot_class_means(np.arange(10.).reshape(2, 5), ['cat', 'dog'], dense, 'net').axes
+    assert ax.images[0].get_array().shape == (2, 5) and ax.get_xticks().tolist() == [0, 2]
+
+
+def test_curves():
+    ablation = analysis.Ablation(90., 70., {'layer1.0.merge': 88., 'layer1.1.merge': 90.5})
+    ax, = analysis.plot_ablations(dict(net=ablation)).axes
+    one, all_merges = ax.lines
+    assert list(one.get_ydata()) == [-2, .5] and list(all_merges.get_ydata()) == [-20, -20]
+    ax, = analysis.plot_cumulative_matches({'6 λ': np.array([40., 60]), 'pixels': np.array([30., 55])}).axes
+    assert [line.get_label() for line in ax.lines] == ['6 λ', 'pixels']
+    assert ax.lines[1].get_xdata().tolist() == [1, 2] and ax.lines[1].get_ydata().tolist() == [30, 55]
+
+
+def test_contact_sheet_shows_every_image(tmp_path):
+    colors = {'low': [(1., 0, 0), (0, 1., 0), (0, 0, 1.)], 'high': [(1., 1., 0), (0, 1., 1.)]}
+    figure = analysis.plot_contact_sheet(
+        {title: [(np.full((8, 8, 3), color), f'{title} {i}') for i, color in enumerate(group)]
+         for title, group in colors.items()}, columns=2)
+    assert [part.get_suptitle() for part in figure.subfigs] == ['low', 'high']
+    shown = [(ax.get_title(), tuple(ax.images[0].get_array()[0, 0])) for ax in figure.axes if ax.images]
+    assert shown == [(f'{title} {i}', color) for title, group in colors.items() for i, color in enumerate(group)]
+    figure.savefig(tmp_path / 'sheet.png')
+    picture = np.asarray(Image.open(tmp_path / 'sheet.png').convert('RGB')).reshape(-1, 3)
+    for color in colors['low'] + colors['high']:
+        assert (picture == 255 * np.array(color)).all(1).sum() > 1000
+
+
+# the command
+
+@pytest.fixture(scope='module')
+def world(tmp_path_factory):
+    """Folders of images and checkpoints of two models."""
+    root = tmp_path_factory.mktemp('world')
+    rng = np.random.default_rng(0)
+    for split, count in dict(train=15, validation=7).items():
+        for color, rgb in COLORS.items():
+            folder = root / 'data' / split / color
+            folder.mkdir(parents=True)
+            for i in range(count):
+                pixels = np.clip(rng.normal(rgb, 40, (32, 32, 3)), 0, 255).astype('uint8')
+                Image.fromarray(pixels).save(folder / f'{i:02}.png')
+    for name in (RESNET, DENSENET):
+        (root / name).mkdir()
+        torch.save(dict(epoch=1, state_dict=trained(name, num_classes=3).state_dict()), root / name / 'last.pth.tar')
+    return root
+
+
+def analyze(world, output, *args, models=(RESNET,)):
+    return cli.main([
+        'analyze', *models, '--checkpoint', *(str(world / name / 'last.pth.tar') for name in models),
+        '--num-classes', '3', '--data-dir', str(world / 'data'), '--device', 'cpu', '-j', '0', '-b', '16',
+        '--output', str(output), *map(str, args)])
+
+
+@pytest.fixture(scope='module')
+def analysed(world):
+    torch.set_num_threads(1)
+    assert analyze(world, world / 'out', '--train-split', 'train', models=(RESNET, DENSENET)) == 0
+    return world / 'out'
+
+
+def by_hand(world, name):
+    """λ, labels and predictions of the validation images, read without timm."""
+    model = trained(name, num_classes=3)
+    files = sorted((world / 'data' / 'validation').glob('*/*.png'))
+    mean, std = (torch.tensor(model.pretrained_cfg[key]).view(3, 1, 1) for key in ('mean', 'std'))
+    images = torch.stack([
+        (torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1) / 255 - mean) / std for file in files])
+    with torch.no_grad(), timm_awm.record_mixing_weights(model) as lambdas:
+        predictions = model(images).argmax(1).numpy()
+    labels = np.array([list(COLORS).index(file.parent.name) for file in files])
+    return {merge: value.numpy() for merge, value in lambdas.items()}, labels, predictions
+
+
+def rows(path):
+    with path.open(encoding='utf-8') as file:
+        return list(csv.DictReader(file))
+
+
+def test_what_the_command_leaves(analysed):
+    files = sorted(str(path.relative_to(analysed)) for path in analysed.rglob('*') if path.is_file())
+    resnet, densenet = f'{RESNET}-{RESNET}', f'{DENSENET}-{DENSENET}'  # the model, the folder of its checkpoint
+    assert files == sorted([
+        'summary.json', 'profile.csv', 'profile.png', 'ablation.png', 'cumulative-match.png',
+        *(f'{resnet}/{name}' for name in ('lambda.npz', 'classes.csv', 'classes.png', 'ranking.png')),
+        *(f'{densenet}/{name}' for name in ('lambda.npz', 'classes.csv', 'classes.png', 'profile.png'))])
+    for path in analysed.rglob('*.png'):
+        assert len(Image.open(path).convert('RGB').getcolors(2 ** 24)) > 50, path
+    assert not [path for path in analysed.parent.iterdir() if path.name.startswith('.')]
+
+
+@pytest.mark.parametrize('name', [RESNET, DENSENET])
+def test_numbers_of_the_command(world, analysed, name):
+    lambdas, labels, predictions = by_hand(world, name)
+    label = f'{name}-{name}'
+    saved = np.load(analysed / label / 'lambda.npz')
+    assert saved['label'].tolist() == labels.tolist() and saved['prediction'].tolist() == predictions.tolist()
+    assert saved['index'].tolist() == list(range(21))
+    assert set(saved) == {*lambdas, 'label', 'prediction', 'index'}
+    for merge, value in lambdas.items():
+        assert saved[merge] == pytest.approx(value, abs=1e-5)
+
+    profile = [row for row in rows(analysed / 'profile.csv') if row['model'] == label]
+    assert [(row['merge'], row['path']) for row in profile] == [
+        (merge, str(path + 1)) for merge, value in lambdas.items() for path in range(value.shape[1])]
+    for row in profile:
+        value = saved[row['merge']][:, int(row['path']) - 1].astype(float)
+        assert float(row['mean']) == pytest.approx(value.mean()) and int(row['paths']) == saved[row['merge']].shape[1]
+        assert float(row['std']) == pytest.approx(value.std())
+        between = sum(7 * (value[labels == c].mean() - value.mean()) ** 2 for c in range(3)) / 21
+        assert float(row['between_class_share']) == pytest.approx(between / value.var())
+
+    classes = rows(analysed / label / 'classes.csv')
+    assert [(row['class'], row['images']) for row in classes] == [(color, '7') for color in COLORS]
+    merge = list(lambdas)[-1]
+    assert float(classes[2][f'{merge}:2']) == pytest.approx(saved[merge][labels == 2, 1].mean())
+
+    summary = json.loads((analysed / 'summary.json').read_text())['models'][label]
+    assert (summary['images'], summary['classes'], summary['merges']) == (21, 3, len(lambdas))
+    top1 = pytest.approx(100 * (labels == predictions).mean())
+    assert summary['top1'] == top1 and summary['ablation']['top1'] == top1
+    assert list(summary['ablation']['merges']) == list(lambdas)
+    assert summary['between_class_share_by_chance'] == 2 / 20
+    assert 0.3 < summary['between_class_share'] < 1
+    match = summary['cumulative_match']
+    assert match['train_images'] == 45 and len(match['mixing_weights']) == 3 and match['mixing_weights'][2] == 100
+    assert match['pixels'] == [100, 100, 100]  # the colours tell
+    assert match['mean_difference'] == pytest.approx(np.mean(match['mixing_weights']) - 100)
+
+
+def test_ranking_of_the_command(world, analysed):
+    lambdas, labels, _ = by_hand(world, RESNET)
+    models = json.loads((analysed / 'summary.json').read_text())['models']
+    summary = models[f'{RESNET}-{RESNET}']
+    sums = sum(value[:, 0].astype(float) for value in lambdas.values())
+    order = np.argsort(sums).tolist()
+    assert [entry['index'] for entry in summary['lowest']] == order[:10]  # of 21 images
+    assert [entry['index'] for entry in summary['highest']] == order[:-11:-1]
+    assert [entry['label'] for entry in summary['lowest']] == [list(COLORS)[labels[i]] for i in order[:10]]
+    assert [entry['sum'] for entry in summary['highest']] == pytest.approx(sums[order[:-11:-1]].tolist())
+    assert 'lowest' not in models[f'{DENSENET}-{DENSENET}']
+
+
+def test_images_of_the_contact_sheet_are_the_files(world, tmp_path, monkeypatch):
+    module = sys.modules['timm_awm.analysis.command']
+    shown = {}
+    monkeypatch.setattr(
+        module, 'plot_contact_sheet', lambda groups: shown.update(groups) or analysis.plot_contact_sheet(groups))
+    assert analyze(world, tmp_path / 'out', '--no-ablation') == 0
+    summary, = json.loads((tmp_path / 'out' / 'summary.json').read_text())['models'].values()
+    files = sorted((world / 'data' / 'validation').glob('*/*.png'))
+    for group, listed in zip(shown.values(), (summary['lowest'], summary['highest'])):
+        for (image, caption), entry in zip(group, listed):
+            pixels = np.asarray(Image.open(files[entry['index']]))
+            assert np.abs(255 * image - pixels).max() < 0.01
+            assert caption == f'{entry["label"]}\n{entry["sum"]:.3f}'
+    assert 'ablation' not in summary and not (tmp_path / 'out' / 'ablation.png').exists()
+
+
+def test_images_drawn_at_random(world, analysed, tmp_path):
+    assert analyze(world, tmp_path / 'out', '--num-images', 8) == 0
+    whole, drawn = (np.load(folder / f'{RESNET}-{RESNET}' / 'lambda.npz') for folder in (analysed, tmp_path / 'out'))
+    index = drawn['index']
+    assert len(set(index.tolist())) == 8 and index.max() > 10  # not the first ones, which are of one class
+    assert drawn['label'].tolist() == whole['label'][index].tolist()
+    for merge in set(whole) - {'label', 'prediction', 'index'}:
+        assert drawn[merge] == pytest.approx(whole[merge][index], abs=1e-5)
+    listed, = json.loads((tmp_path / 'out' / 'summary.json').read_text())['models'].values()
+    assert {entry['index'] for entry in listed['lowest'] + listed['highest']} == set(index.tolist())
+
+
+def test_a_published_model_on_images_without_classes(world, tmp_path):
+    save_for_hub(trained(RESNET, in_chans=1, num_classes=4), tmp_path / 'gray.t3')
+    (tmp_path / 'flat').mkdir()
+    for i, file in enumerate((world / 'data' / 'train').glob('*/*.png')):
+        (tmp_path / 'flat' / f'{i}.png').write_bytes(file.read_bytes())
+    source = f'local-dir:{tmp_path / "gray.t3"}'
+    assert cli.main(['analyze', source, source, '--data-dir', str(tmp_path / 'flat'), '--device', 'cpu', '-j', '0',
+                     '--output', str(tmp_path / 'out')]) == 0
+    assert sorted(path.name for path in (tmp_path / 'out').iterdir()) == [
+        'gray.t3', 'gray.t3-2', 'profile.csv', 'profile.png', 'summary.json']
+    assert sorted(path.name for path in (tmp_path / 'out' / 'gray.t3').iterdir()) == ['lambda.npz', 'ranking.png']
+    summary = json.loads((tmp_path / 'out' / 'summary.json').read_text())['models']['gray.t3']
+    assert set(summary) == {'images', 'merges', 'lowest', 'highest'} and summary['lowest'][0]['label'] is None
+    assert {row['between_class_share'] for row in rows(tmp_path / 'out' / 'profile.csv')} == {''}
+
+
+@pytest.mark.parametrize('args, message', [
+    (['resnet18'], 'resnet18: there are no AWM merges in it'),
+    ([RESNET, '--model-kwargs', 'awm=False'], 'there are no AWM merges in it'),
+    ([RESNET], 'Trained weights of your own: --checkpoint FILE'),
+    (['awm_resnet5'], 'awm_resnet5: Unknown model'),
+    ([RESNET, '--model-kwargs', 'depth=3'], "unexpected keyword argument 'depth'"),
+    ([RESNET, '--checkpoint', 'nowhere.pth'], "There is no checkpoint 'nowhere.pth'"),
+    ([RESNET, '--checkpoint', 'a.pth', 'b.pth'], '2 checkpoints for 1 models: give one for each'),
+    ([RESNET, '--device', 'nothing'], "Device 'nothing' cannot be used here"),
+])
+def test_errors_about_models(args, message, tmp_path, capsys):
+    assert cli.main(['analyze', *args, '--data-dir', str(tmp_path), '--output', str(tmp_path / 'new' / 'out')]) == 1
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.glob('new/*'))
+
+
+def test_models_at_the_identity_start(world, tmp_path, capsys):
+    torch.save(timm.create_model(RESNET).state_dict(), tmp_path / 'start.pth')
+    assert cli.main(['analyze', RESNET, '--checkpoint', str(tmp_path / 'start.pth'), '--data-dir', str(world / 'data'),
+                     '--output', str(tmp_path / 'out')]) == 1
+    assert 'every merge is at the identity start' in capsys.readouterr().err
+    (tmp_path / 'broken.pth').write_text('no checkpoint')
+    assert cli.main(['analyze', RESNET, '--checkpoint', str(tmp_path / 'broken.pth'), '--output', 'out']) == 1
+    assert f'{RESNET}: ' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('args, message', [
+    (['--dataset', 'torch/nothing'], "The split 'validation' cannot be read (AssertionError: Unknown torchvision"),
+    (['--data-dir', 'nowhere'], "The split 'validation' cannot be read"),
+    (['--num-classes', '2'], 'The checkpoint does not fit'),
+])
+def test_errors_about_data(world, tmp_path, capsys, args, message):
+    assert analyze(world, tmp_path / 'out', *args) == 1
+    assert message in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_data_of_other_classes_end_it_with_nothing_left(world, tmp_path, capsys):
+    torch.save(trained(RESNET, num_classes=2).state_dict(), tmp_path / 'two.pth')
+    (tmp_path / 'new').mkdir()
+    assert analyze(world, tmp_path / 'new' / 'out', '--checkpoint', tmp_path / 'two.pth', '--num-classes', 2) == 1
+    assert 'The model tells 2 classes apart, and the data have others' in capsys.readouterr().err
+    assert not list((tmp_path / 'new').iterdir())
+
+
+def test_lda_needs_labels(world, tmp_path, capsys):
+    data = world / 'data' / 'validation' / 'red'
+    assert analyze(world, tmp_path / 'out', '--data-dir', data, '--train-split', 'train') == 1
+    assert 'need labels of two classes or more: leave --train-split out' in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_existing_folder_is_left_alone(world, analysed, capsys):
+    before = (analysed / 'summary.json').stat().st_mtime_ns
+    assert analyze(world, analysed) == 1
+    assert f'{analysed} exists already' in capsys.readouterr().err
+    assert (analysed / 'summary.json').stat().st_mtime_ns == before
+
+
+def test_the_missing_extra_is_named(capsys, monkeypatch):
+    for name in [name for name in sys.modules if name.startswith('timm_awm.analysis')]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delattr(timm_awm, 'analysis')
+    monkeypatch.setitem(sys.modules, 'matplotlib.figure', None)
+    assert cli.main(['analyze', RESNET]) == 1
+    assert 'the analysis needs matplotlib.figure: pip install ".[analysis]"' in capsys.readouterr().err
+
+
+def test_help_shows_an_example(capsys):
+    with pytest.raises(SystemExit, match='0'):
+        cli.main(['analyze', '--help'])
+    assert 'Example: timm-awm analyze' in capsys.readouterr().out

@@ -1,0 +1,66 @@
+"""The results: the table and the CSV say what the kept runs say."""
+import csv
+import json
+import runpy
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+from scipy.stats import t as student
+
+from timm_awm.hub import load_folder
+
+HUB = Path(__file__).parents[1] / 'hub'
+RESULTS = runpy.run_path(str(HUB / 'results.py'))
+RUNS = sorted(path.parent for path in HUB.glob('runs/*/args.yaml'))
+
+
+def test_the_csv_is_that_of_the_runs():
+    assert (HUB / 'results-cifar10.csv').read_text() == RESULTS['text'](RESULTS['rows']())
+
+
+def test_the_table_stands_in_the_readme():
+    assert RESULTS['table'](RESULTS['rows']()) in (HUB.parent / 'README.md').read_text()
+
+
+@pytest.mark.parametrize('run', RUNS, ids=lambda run: run.name)
+def test_a_line_is_what_train_py_and_validate_py_left(run):
+    line, = (r for r in csv.DictReader((HUB / 'results-cifar10.csv').open()) if r['run'] == run.name)
+    args = yaml.safe_load((run / 'args.yaml').read_text())
+    with (run / 'summary.csv').open() as file:
+        epochs = [row for row in csv.DictReader(file) if row['epoch'] != 'epoch']
+    last = {row['epoch']: row for row in epochs}  # a resumed run has an epoch twice
+    assert len(last) == args['epochs'] == int(line['passes'])
+    assert args['epochs'] == int(line['backbone_passes']) + int(line['merge_passes'])
+    assert float(line['held_out_top1']) == float(last[str(args['epochs'] - 1)]['eval_top1'])
+    assert float(line['best_held_out_top1']) == max(float(row['eval_top1']) for row in last.values())
+    assert float(line['top1']) == json.loads((run / 'test.json').read_text())['top1']
+    assert int(line['seed']) == args['seed'] and run.name.endswith(f's{args["seed"]}')
+    # the test set decided nothing
+    assert args['val_split'] == 'train[45000:]' and args['train_split'] == 'train[:45000]'
+
+
+def test_differences_and_their_intervals():
+    rows = [dict(model='m', passes=6, setting=how, top1_err=error) for how, error in (
+        ('plain', 10.0), ('plain', 10.4), ('plain', 10.1), ('t = 3', 9.7), ('t = 3', 10.3), ('joint', 11.0))]
+    *_, joint, plain, third = RESULTS['table'](rows).splitlines()
+    a, b = np.array([9.7, 10.3]), np.array([10.0, 10.4, 10.1])
+    variances = np.array([a.var(ddof=1) / 2, b.var(ddof=1) / 3])
+    freedom = variances.sum() ** 2 / (variances ** 2 / [1, 2]).sum()  # Welch's
+    half = student.ppf(0.975, freedom) * np.sqrt(variances.sum())
+    difference = a.mean() - b.mean()
+    assert f'| {difference:+.2f} ({difference - half:+.2f} to {difference + half:+.2f}) |' in third
+    assert f'| {b.mean():.2f} ± {b.std(ddof=1):.2f} |  |' in plain
+    assert '| 1 | 11.00 | +0.83 |' in joint
+
+
+@pytest.mark.parametrize('folder', sorted(path.parent for path in HUB.glob('*/config.json')), ids=lambda path: path.name)
+def test_a_published_model_is_whole_and_its_card_says_what_was_measured(folder):
+    model = load_folder(folder)
+    assert folder.name.startswith(model.pretrained_cfg['architecture'] + '.' + model.pretrained_cfg['tag'])
+    summary = (folder / 'summary.csv').read_bytes()
+    run, = (run for run in RUNS if (run / 'summary.csv').read_bytes() == summary)
+    results = {r.dataset_split: r.metric_value for r in ModelCard.load(folder / 'README.md').data.eval_results}
+    assert results['test'] == json.loads((run / 'test.json').read_text())['top1']

@@ -1,0 +1,146 @@
+"""What the merges of a network do with images: their mixing weights, and the accuracy without them."""
+from contextlib import contextmanager
+from typing import Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+
+import torch
+from timm.utils import unwrap_model
+from torch import Tensor, nn
+
+from ..layers import MixingWeights, record_mixing_weights
+
+__all__ = ['Observed', 'Ablation', 'observe', 'collect_mixing_weights', 'identity_merges', 'ablate']
+
+Batches = Iterable[Tuple[Tensor, Tensor]]
+
+
+class Observed(NamedTuple):
+    """What `observe` saw, all on the CPU, in the order of the images."""
+    lambdas: Dict[str, Tensor]  # name of the merge -> λ, (images, paths), in order of execution
+    labels: Tensor  # (images,)
+    predictions: Tensor  # (images,), the class of the largest logit
+
+
+class Ablation(NamedTuple):
+    """Top-1 accuracies, in percent."""
+    top1: float  # of the network as it is
+    all: float  # with all merges at the identity: its plain backbone
+    merges: Dict[str, float]  # name of the merge -> with it alone at the identity, in order of execution
+
+
+@torch.inference_mode()
+def observe(model: nn.Module, batches: Batches) -> Observed:
+    """λ of every merge for every image, and what the network takes each image for.
+
+    Args:
+        model: A model with merges; evaluated in eval mode, every module is left in the mode that it was in.
+        batches: Images, (batch, in_chans, height, width), and labels, (batch,), of any device. They are not kept.
+
+    Raises:
+        ValueError: The model has no merge, or there are no images.
+    """
+    device = next(model.parameters()).device
+    parts: Dict[str, List[Tensor]] = {}
+    labels: List[Tensor] = []
+    predictions: List[Tensor] = []
+    with record_mixing_weights(model) as lambdas, _eval_mode(model):
+        for images, target in batches:
+            predictions.append(model(images.to(device)).argmax(1).cpu())
+            labels.append(target.cpu())
+            for name, value in lambdas.items():
+                parts.setdefault(name, []).append(value.cpu())
+    if not labels:
+        raise ValueError('There are no images.')
+    return Observed({name: torch.cat(values) for name, values in parts.items()}, torch.cat(labels),
+                    torch.cat(predictions))
+
+
+def collect_mixing_weights(model: nn.Module, images: Iterable[Tensor]) -> Dict[str, Tensor]:
+    """λ of every merge for every image, as `observe` has it, of images without labels.
+
+    Args:
+        model: A model with merges; evaluated in eval mode, every module is left in the mode that it was in.
+        images: Batches, (batch, in_chans, height, width).
+
+    Returns:
+        Name of the merge -> (images, paths) on the CPU, in order of execution.
+
+    Raises:
+        ValueError: The model has no merge, or there are no images.
+    """
+    return observe(model, ((batch, torch.full((len(batch),), -1)) for batch in images)).lambdas  # -1: as timm has it
+
+
+@contextmanager
+def identity_merges(model: nn.Module, names: Optional[Sequence[str]] = None) -> Iterator[None]:
+    """Inside the `with` block merges are at the identity, λ = 1/n: plain sums and concatenations.
+
+    Args:
+        model: A model with merges, itself or wrapped as for `record_mixing_weights`.
+        names: Of the merges, as `record_mixing_weights` has them; all if not given.
+
+    Raises:
+        ValueError: A merge is not there, or there is none at all.
+    """
+    mixes = _mixes(model)
+    names = list(mixes) if names is None else names
+    unknown = [name for name in names if name not in mixes]
+    if unknown or not mixes:
+        raise ValueError(f'{type(model).__name__} has no AWM merge{"".join(f" {name!r}" for name in unknown[:1])}.')
+    handles = [mixes[name].register_forward_hook(lambda module, args, scales: torch.ones_like(scales))
+               for name in names]
+    try:
+        with torch.compiler.set_stance('force_eager'):  # compiled code would not call the hooks
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.inference_mode()
+def ablate(model: nn.Module, batches: Batches) -> Ablation:
+    """Accuracy with each merge alone, and with all of them, set back to the identity after training.
+
+    Every batch goes through the network two times more often than it has merges.
+
+    Args:
+        model: As for `observe`.
+        batches: As for `observe`; the labels are classes of the model.
+
+    Raises:
+        ValueError: The model has no merge, or there are no images.
+    """
+    device = next(model.parameters()).device
+    merges = list(_mixes(model))
+    settings = [[], merges, *([name] for name in merges)]
+    correct, count = [0] * len(settings), 0
+    with _eval_mode(model):
+        for images, target in batches:
+            images, target = images.to(device), target.to(device)
+            count += len(target)
+            for i, names in enumerate(settings):
+                with identity_merges(model, names):
+                    correct[i] += int((model(images).argmax(1) == target).sum())
+    if not count:
+        raise ValueError('There are no images.')
+    top1, without_all, *without_one = (100 * n / count for n in correct)
+    return Ablation(top1, without_all, dict(zip(merges, without_one)))
+
+
+def _mixes(model: nn.Module) -> Dict[str, MixingWeights]:
+    """The merges by the names that `record_mixing_weights` gives them."""
+    return {
+        name.removesuffix('.mix'): module
+        for name, module in unwrap_model(model).named_modules()
+        if isinstance(module, MixingWeights)
+    }
+
+
+@contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
