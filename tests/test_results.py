@@ -14,6 +14,7 @@ from timm_awm.hub import load_folder
 
 HUB = Path(__file__).parents[1] / 'hub'
 RESULTS = runpy.run_path(str(HUB / 'results.py'))
+FOLDERS = sorted(path.parent for path in HUB.glob('*/config.json'))
 RUNS = sorted(path.parent for path in HUB.glob('runs/*/args.yaml'))
 
 
@@ -56,7 +57,7 @@ def test_differences_and_their_intervals():
     assert '| 1 | 11.00 | +0.83 |' in joint
 
 
-@pytest.mark.parametrize('folder', sorted(path.parent for path in HUB.glob('*/config.json')), ids=lambda path: path.name)
+@pytest.mark.parametrize('folder', FOLDERS, ids=lambda path: path.name)
 def test_a_published_model_is_whole_and_its_card_says_what_was_measured(folder):
     model = load_folder(folder)
     assert folder.name.startswith(model.pretrained_cfg['architecture'] + '.' + model.pretrained_cfg['tag'])
