@@ -93,7 +93,7 @@ def export_run(
     if of_epoch and is_ema == evaluated_ema and row.get('eval_top1'):
         top5 = float(row['eval_top5']) if row.get('eval_top5') else None
         measured.append(Measured(str(args.get('val_split')), float(row['eval_top1']), top5, f'train.py, epoch {epoch}'))
-    public_args = {k: '' if k in DROPPED else v for k, v in without_paths(args).items()}
+    public_args = {k: v for k, v in without_paths(args).items() if k not in DROPPED}
     training = Training(
         args=public_args,
         epoch=epoch,
