@@ -46,7 +46,7 @@ from . import __version__
 from .layers import MixingWeights
 from .optim.schedule import BACKBONE, MERGE
 
-__all__ = ['Settings', 'run']
+__all__ = ['Settings', 'find_device', 'run']
 
 SEED = 0
 
@@ -123,7 +123,7 @@ def run(models: Sequence[str], settings: Settings) -> None:
         RuntimeError: A model does not fit into memory, among others of torch's own.
     """
     groups = group_contenders(models)
-    device = _device(settings.device)
+    device = find_device(settings.device)
     torch.backends.cudnn.benchmark = True  # as timm's scripts have it
     os.environ.setdefault('KINETO_LOG_LEVEL', '6')  # the profiler's own messages
     with _csv_file(settings.csv) as write:
@@ -426,7 +426,12 @@ def _header(settings: Settings, device: torch.device) -> str:
     return '\n'.join(lines)
 
 
-def _device(name: Optional[str]) -> torch.device:
+def find_device(name: Optional[str]) -> torch.device:
+    """A device by its name; if none is given, an accelerator if there is one, else the CPU.
+
+    Raises:
+        ValueError: It cannot be used.
+    """
     if name is None:
         accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         name = 'cpu' if accelerator is None else accelerator.type

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, Subset
 from tqdm import tqdm
 
+from ..bench import find_device
 from ..hub import new_folder
 from ..layers import MixingWeights
 from .observe import Ablation, Observed, ablate, observe
@@ -130,7 +131,7 @@ def run(settings: Settings, output: Path) -> None:
     if settings.checkpoints and len(settings.checkpoints) != len(settings.models):
         raise ValueError(
             f'{len(settings.checkpoints)} checkpoints for {len(settings.models)} models: give one for each.')
-    device = _device(settings.device)
+    device = find_device(settings.device)
     with new_folder(output) as partial_output:
         checkpoints: Sequence[Optional[str]] = settings.checkpoints or [None] * len(settings.models)
         # all of them, before hours go into the first
@@ -181,16 +182,6 @@ def _labels(models: Sequence[str], checkpoints: Sequence[Optional[str]]) -> List
             label = f'{base}-{n}'
         labels.append(label)
     return labels
-
-
-def _device(name: Optional[str]) -> torch.device:
-    if name is None:
-        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        name = 'cpu' if accelerator is None else accelerator.type
-    try:
-        return torch.empty(0, device=name).device
-    except (AssertionError, RuntimeError) as error:
-        raise ValueError(f'Device {name!r} cannot be used here: {str(error).splitlines()[0]}') from error
 
 
 def _data(settings: Settings, model: nn.Module, split: str, title: str, batch_size: int = 0) -> _Data:

@@ -27,7 +27,6 @@ class Ablation(NamedTuple):
     merges: Dict[str, float]  # name of the merge -> with it alone at the identity, in order of execution
 
 
-@torch.inference_mode()
 def observe(model: nn.Module, batches: Batches) -> Observed:
     """λ of every merge for every image, and what the network takes each image for.
 
@@ -44,7 +43,9 @@ def observe(model: nn.Module, batches: Batches) -> Observed:
     predictions: List[Tensor] = []
     with record_mixing_weights(model) as lambdas, _eval_mode(model):
         for images, target in batches:
-            predictions.append(model(images.to(device)).argmax(1).cpu())
+            with torch.inference_mode():  # not around the loop, where data make tensors of their own
+                logits = model(images.to(device))
+            predictions.append(logits.argmax(1).cpu())
             labels.append(target.cpu())
             for name, value in lambdas.items():
                 parts.setdefault(name, []).append(value.cpu())
@@ -96,7 +97,6 @@ def identity_merges(model: nn.Module, names: Optional[Sequence[str]] = None) -> 
             handle.remove()
 
 
-@torch.inference_mode()
 def ablate(model: nn.Module, batches: Batches) -> Ablation:
     """Accuracy with each merge alone, and with all of them, set back to the identity after training.
 
@@ -118,7 +118,7 @@ def ablate(model: nn.Module, batches: Batches) -> Ablation:
             images, target = images.to(device), target.to(device)
             count += len(target)
             for i, names in enumerate(settings):
-                with identity_merges(model, names):
+                with identity_merges(model, names), torch.inference_mode():
                     correct[i] += int((model(images).argmax(1) == target).sum())
     if not count:
         raise ValueError('There are no images.')
