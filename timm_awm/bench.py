@@ -45,8 +45,9 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 from . import __version__
 from .layers import MixingWeights
 from .optim.schedule import BACKBONE, MERGE
+from .utils import find_device
 
-__all__ = ['Settings', 'find_device', 'run']
+__all__ = ['Settings', 'run']
 
 SEED = 0
 
@@ -424,21 +425,6 @@ def _header(settings: Settings, device: torch.device) -> str:
         'peak: own parameters, buffers, optimizer state and batch, and the most that a step allocates for tensors',
     ]
     return '\n'.join(lines)
-
-
-def find_device(name: Optional[str]) -> torch.device:
-    """A device by its name; if none is given, an accelerator if there is one, else the CPU.
-
-    Raises:
-        ValueError: It cannot be used.
-    """
-    if name is None:
-        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        name = 'cpu' if accelerator is None else accelerator.type
-    try:
-        return torch.empty(0, device=name).device
-    except (AssertionError, RuntimeError) as error:
-        raise ValueError(f'Device {name!r} cannot be used here: {str(error).splitlines()[0]}') from error
 
 
 def _device_name(device: torch.device) -> str:

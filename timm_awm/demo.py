@@ -18,7 +18,8 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from .analysis import collect_mixing_weights, plot_profile
-from .hub import new_folder, save_for_hub
+from .hub import save_for_hub
+from .utils import new_folder
 
 matplotlib.use('Agg')  # before pyplot is imported, for machines without a screen
 import matplotlib.pyplot as plt

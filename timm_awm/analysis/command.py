@@ -19,9 +19,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, Subset
 from tqdm import tqdm
 
-from ..bench import find_device
-from ..hub import new_folder
 from ..layers import MixingWeights
+from ..utils import find_device, new_folder
 from .observe import Ablation, Observed, ablate, observe
 from .plots import (
     plot_ablations,

@@ -2,13 +2,10 @@
 `timm.create_model('local-dir:...')` and, once it is published, `timm.create_model('hf-hub:...')` build it again.
 """
 import json
-import os
 import re
-import tempfile
-from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
-from typing import Any, Dict, Iterator, Mapping, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, Mapping, Optional, Sequence, Tuple, Union
 
 import timm
 import torch
@@ -19,9 +16,10 @@ from torch import nn
 from ..layers import MixingWeights
 from ..models._awm import AwmModel
 from ..models._weights import SAFETENSORS
+from ..utils import new_folder
 from .card import write_card
 
-__all__ = ['load_folder', 'new_folder', 'save_for_hub', 'write_model']
+__all__ = ['load_folder', 'save_for_hub', 'write_model']
 
 # of a `pretrained_cfg`, what is true of a model whatever its weights are; the rest is told about those of timm
 KEPT = (
@@ -43,24 +41,6 @@ ARGUMENTS: Tuple[Tuple[str, str], ...] = (
     (r'^layer\d', 'layers'),
     (r'denseblock', 'block_config'),
 )
-
-
-@contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
-    """A folder that appears when everything in it is complete; until then a hidden folder stands beside it, which only
-    SIGKILL can leave behind.
-
-    Raises:
-        FileExistsError: It exists.
-    """
-    if path.exists():
-        raise FileExistsError(f'{path} exists already: remove it, or choose another folder with --output.')
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f'.{path.name}.', dir=path.parent) as folder:
-        partial = Path(folder) / path.name
-        partial.mkdir()
-        yield partial
-        os.replace(partial, path)
 
 
 def save_for_hub(

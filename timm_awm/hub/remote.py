@@ -26,7 +26,8 @@ from torch import nn
 
 from .. import __version__
 from ..models._weights import SAFETENSORS
-from .folder import load_folder, new_folder
+from ..utils import new_folder
+from .folder import load_folder
 
 __all__ = ['pull', 'push']
 

@@ -15,8 +15,9 @@ from timm.data import create_dataset, resolve_data_config
 from timm.models import clean_state_dict
 
 from .. import scripts
+from ..utils import new_folder
 from .card import Measured, Training, write_card
-from .folder import new_folder, write_model
+from .folder import write_model
 
 __all__ = ['export_run', 'read_summary', 'without_paths']
 

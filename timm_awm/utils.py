@@ -1,0 +1,43 @@
+"""What several commands need."""
+import os
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Iterator, Optional
+
+import torch
+
+__all__ = ['find_device', 'new_folder']
+
+
+def find_device(name: Optional[str]) -> torch.device:
+    """A device by its name; if none is given, an accelerator if there is one, else the CPU.
+
+    Raises:
+        ValueError: It cannot be used.
+    """
+    if name is None:
+        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        name = 'cpu' if accelerator is None else accelerator.type
+    try:
+        return torch.empty(0, device=name).device
+    except (AssertionError, RuntimeError) as error:
+        raise ValueError(f'Device {name!r} cannot be used here: {str(error).splitlines()[0]}') from error
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder that appears when everything in it is complete; until then a hidden folder stands beside it, which only
+    SIGKILL can leave behind.
+
+    Raises:
+        FileExistsError: It exists.
+    """
+    if path.exists():
+        raise FileExistsError(f'{path} exists already: remove it, or choose another folder with --output.')
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f'.{path.name}.', dir=path.parent) as folder:
+        partial = Path(folder) / path.name
+        partial.mkdir()
+        yield partial
+        os.replace(partial, path)
