@@ -133,7 +133,7 @@ def test_a_control_differs_in_nothing_but_merges_and_alternation(name):
 
     turns = ('base', 'period', 'merge_period')
     rate: Tuple[str, ...] = ()
-    if re.search(r'_t\d+$', name):
+    if re.search(r'_t[1-9]\d*$', name):
         rate = ('decay_milestones',)  # the rate follows the count of backbone epochs: the passes depend on t
     elif name.endswith('_merges'):
         turns, rate = ('base', 'train'), ('lr',)  # all that is trained starts anew
@@ -151,7 +151,7 @@ def test_every_plain_recipe_is_a_control_or_says_that_it_is_none():
     plain = RECIPES.keys() - set(AWM)
     assert controls <= plain
     assert {name for name in plain if TEXTS[name].startswith('# NOT A CONTROL')} == plain - controls
-    assert all(re.search(r'_plain1\d\d$', name) for name in plain - controls)
+    assert all(re.search(r'_plain\d+$', name) for name in plain - controls)
     assert all(RECIPES[name]['model_kwargs'] == {'awm': False} for name in plain)
 
 
@@ -183,32 +183,40 @@ def test_models_and_optimizers_are_accepted_by_timm():
 
 
 class Authors(NamedTuple):
-    """The authors' schedule: the rate is cut when these epochs of the backbone begin; t None: every pass is one."""
+    """The authors' schedule, or that in proportion: the rate is cut when these epochs of the backbone begin; t None:
+    every pass is one."""
     passes: int
     cuts: Tuple[int, ...]
     t: Optional[int] = None
 
 
 def authors_schedule(name: str) -> Authors:
-    if name.endswith('_plain165'):
-        return Authors(165, (80, 120))
-    if name.endswith('_plain100'):
-        return Authors(100, (30, 60, 90))
+    t = re.search(r'_t([1-9]\d*)$', name)  # joint training has the rates of t = 3
+    period = int(t.group(1)) if t else 3
+    plain = re.search(r'_plain(\d+)$', name)
+    passes = int(plain.group(1)) if plain else None
+    if name.startswith('cifar10_short/'):
+        if passes in (11, 14):
+            baseline = Authors(165, (80, 120))
+            return Authors(passes, tuple(round(cut * passes / baseline.passes) for cut in baseline.cuts))
+        whole = Authors(900, (225, 337)) if 'densenet' in name else Authors(700, (150, 250))
+        cuts = tuple(round(cut * 60 / whole.passes) for cut in whole.cuts)
+        return Authors(30, cuts) if passes == 30 else Authors(60, cuts, period)
+    if passes:
+        return Authors(passes, {165: (80, 120), 100: (30, 60, 90)}[passes])
     if name.startswith('imagenet/'):
         return Authors(200, (30, 60, 90), 1)
-    t = re.search(r'_t(\d+)$', name)
     if 'densenet' in name:
         return Authors(900, (225, 337), 3)
-    return Authors(700, (150, 250), int(t.group(1)) if t else 3)
+    return Authors(700, (150, 250), period)
 
 
 def begun(passes: int, t: Optional[int]) -> List[int]:
     """The backbone epoch that has last begun, for every pass."""
-    result, count = [], 0.0
+    result, count = [], 0
     for i in range(passes):
-        phase = 'backbone' if t is None else PhaseSchedule(t).phase(i)
-        count += {'backbone': 1, 'merge': 0, 'joint': 0.5}[phase]
-        result.append(int(count - 0.5) if phase == 'joint' else int(count) - 1)
+        count += t is None or PhaseSchedule(t).phase(i) == 'backbone'
+        result.append(count - 1)
     return result
 
 
@@ -218,7 +226,7 @@ def test_the_rate_falls_where_the_authors_backbone_epochs_begin(name):
     authors = authors_schedule(name)
     assert recipe['epochs'] == authors.passes
     if name in AWM:
-        assert PhaseSchedule(recipe['opt_kwargs']['period']) == PhaseSchedule(authors.t)
+        assert recipe['opt_kwargs']['period'] == (0 if name.endswith('_t0') else authors.t)
 
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=recipe['lr'])
     scheduler, epochs = create_scheduler_v2(optimizer, **scheduler_kwargs(argparse.Namespace(**recipe)))
