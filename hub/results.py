@@ -1,12 +1,13 @@
 """The runs that the results rest on, and the table of them.
 
-    python hub/results.py add RUN       keeps what train.py and validate.py (RUN/test.json) left of a run in hub/runs/
-    python hub/results.py               writes hub/results-cifar10.csv, prints the table of the README
+    python hub/results.py add RUN ...   keeps what train.py and validate.py (RUN/test.json) left of a run in hub/runs/
+    python hub/results.py               writes hub/results-cifar10.csv and the table in the README
 """
 import argparse
 import csv
 import io
 import json
+import re
 import shutil
 import statistics
 from pathlib import Path
@@ -15,36 +16,45 @@ from typing import Any, Dict, List
 import yaml
 from scipy.stats import ttest_ind
 
-from timm_awm.hub.run import read_summary, without_paths
+from timm_awm.hub.run import read_summary, recipe_of, without_paths
 
 HUB = Path(__file__).parent
+README = HUB.parent / 'README.md'
 RUNS = HUB / 'runs'
 CSV = HUB / 'results-cifar10.csv'
-# the paper's test errors in %: the best of 700 passes with AWM, of 165 without
+DATASET = 'hfds/uoft-cs/cifar10'
+# the paper's test errors in %, beside the runs in proportion: the best of 700 passes with AWM, of 165 without
 PAPER = {
-    ('awm_resnet14_cifar', 'plain'): '9.21', ('awm_resnet14_cifar', 't = 3'): '8.13',
-    ('awm_resnet20_cifar', 'plain'): '8.42', ('awm_resnet20_cifar', 't = 3'): '6.73',
+    ('awm_resnet14_cifar', 14, 'plain'): '9.21', ('awm_resnet14_cifar', 60, 't = 3'): '8.13',
+    ('awm_resnet20_cifar', 14, 'plain'): '8.42', ('awm_resnet20_cifar', 60, 't = 3'): '6.73',
 }
 
 
-def add(run: Path) -> None:
-    """Copies a finished run, without the folders of this machine."""
+def add(run: Path, minutes: int, commit: str) -> None:
+    """Copies a finished run, without the folders of this machine, and notes the time that it took and the commit of
+    this repository that it was made with."""
     goal = RUNS / run.name
     goal.mkdir(parents=True)
     args = yaml.safe_load((run / 'args.yaml').read_text(encoding='utf-8'))
     (goal / 'args.yaml').write_text(yaml.safe_dump(without_paths(args)), encoding='utf-8')
     for name in ('summary.csv', 'test.json'):
         shutil.copyfile(run / name, goal / name)
+    (goal / 'origin.json').write_text(json.dumps({'minutes': minutes, 'commit': commit}) + '\n', encoding='utf-8')
 
 
 def setting(args: Dict[str, Any]) -> str:
     """How a run was trained, but for its length and its seed."""
+    model_kwargs = {key: value for key, value in args['model_kwargs'].items() if key != 'awm'}
+    options = dict(args['opt_kwargs'])
+    period, merge_period = options.pop('period', None), options.pop('merge_period', None)
     if args['opt'] != 'alternating':
-        return 'plain'
-    period, merge_period = (args['opt_kwargs'].get(key) for key in ('period', 'merge_period'))
-    if period == 0:
-        return 'joint'
-    return f't = {period}' + (f' and {merge_period}' if merge_period else '')
+        how = 'plain'
+    elif period == 0:
+        how = 'joint'
+    else:
+        how = f't = {period}' + (f' and {merge_period}' if merge_period else '')
+    changed = {**model_kwargs, **{key: value for key, value in options.items() if key.startswith('merge_')}}
+    return ', '.join([how, *(f'`{key}={value}`' for key, value in changed.items())])
 
 
 def row(run: Path) -> Dict[str, Any]:
@@ -52,23 +62,26 @@ def row(run: Path) -> Dict[str, Any]:
     args = yaml.safe_load((run / 'args.yaml').read_text(encoding='utf-8'))
     test = json.loads((run / 'test.json').read_text(encoding='utf-8'))
     summary = read_summary(run)
+    recipe = recipe_of({**args, 'dataset': DATASET})  # from disk, it has the name of a folder
     evaluated = {epoch: float(line['eval_top1']) for epoch, line in summary.items()}
     passes = args['epochs']
     assert sorted(evaluated) == list(range(passes)), f'{run} is not finished'
     best = max(evaluated, key=lambda epoch: (evaluated[epoch], -epoch))
-    merges = sum(line.get('train_phase') == 'merge' for line in summary.values())
+    phases = [line.get('train_phase', 'backbone') for line in summary.values()]  # plain networks have no phases
     return {
         'model': args['model'],
         **{name: test[name] for name in (
             'img_size', 'top1', 'top1_err', 'top5', 'top5_err', 'param_count', 'crop_pct', 'interpolation')},
         'setting': setting(args),
         'passes': passes,
-        'backbone_passes': passes - merges,
-        'merge_passes': merges,
+        'backbone_passes': passes - phases.count('merge'),
+        'merge_passes': passes - phases.count('backbone'),
         'seed': args['seed'],
         'held_out_top1': evaluated[passes - 1],
         'best_held_out_top1': evaluated[best],
         'best_epoch': best,
+        **json.loads((run / 'origin.json').read_text(encoding='utf-8')),
+        'recipe': f'{recipe.parent.name}/{recipe.stem}' if recipe else '',
         'run': run.name,
     }
 
@@ -80,27 +93,34 @@ def rows() -> List[Dict[str, Any]]:
 def table(rows: List[Dict[str, Any]]) -> str:
     """The README's table: means and spreads of the test error after the last pass, and differences from the plain
     control of as many passes."""
-    groups: Dict[Any, List[float]] = {}
+    groups: Dict[Any, List[Dict[str, Any]]] = {}
     for r in rows:
-        groups.setdefault((r['model'], r['passes'], r['setting']), []).append(r['top1_err'])
+        groups.setdefault((r['model'], -r['passes'], r['setting'] != 'plain', r['setting']), []).append(r)
     lines = [
-        '| network | passes | trained | runs | test error, % | difference from plain | paper, % |',
-        '| --- | ---: | --- | ---: | ---: | ---: | ---: |',
+        '| network | passes | of the backbone | trained | runs | held-out error, % | test error, % | '
+        'difference from plain | minutes | paper, % |',
+        '| --- | ---: | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: |',
     ]
-    for (model, passes, how), errors in sorted(groups.items()):
-        spread = f' ± {statistics.stdev(errors):.2f}' if len(errors) > 1 else ''
-        plain = groups.get((model, passes, 'plain'), [])
+    for (model, passes, is_awm, how), runs in sorted(groups.items()):
+        errors = [r['top1_err'] for r in runs]
+        plain = [r['top1_err'] for r in groups.get((model, passes, False, 'plain'), [])]
         difference = ''
-        if how != 'plain' and plain:
+        if is_awm and plain:
             difference = f'{statistics.mean(errors) - statistics.mean(plain):+.2f}'
             if len(errors) > 1 and len(plain) > 1:
                 low, high = ttest_ind(errors, plain, equal_var=False).confidence_interval()
                 difference += f' ({low:+.2f} to {high:+.2f})'
-        paper = PAPER.get((model, how), '')
-        lines.append(
-            f'| `{model}` | {passes} | {how} | {len(errors)} | {statistics.mean(errors):.2f}{spread} | {difference} | '
-            f'{paper} |')
+        cells = (
+            f'`{model}`', -passes, runs[0]['backbone_passes'], how, len(runs),
+            mean_and_spread([100 - r['held_out_top1'] for r in runs]), mean_and_spread(errors), difference,
+            round(statistics.mean(r['minutes'] for r in runs)), PAPER.get((model, -passes, how), ''))
+        lines.append(f'| {" | ".join(map(str, cells))} |')
     return '\n'.join(lines)
+
+
+def mean_and_spread(values: List[float]) -> str:
+    spread = f' ± {statistics.stdev(values):.2f}' if len(values) > 1 else ''
+    return f'{statistics.mean(values):.2f}{spread}'
 
 
 def text(rows: List[Dict[str, Any]]) -> str:
@@ -115,13 +135,19 @@ def text(rows: List[Dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest='command')
-    commands.add_parser('add').add_argument('runs', nargs='+', type=Path)
+    adding = commands.add_parser('add')
+    adding.add_argument('run', type=Path)
+    adding.add_argument('--minutes', type=int, required=True, help='that the training took')
+    adding.add_argument('--commit', required=True, help='of this repository that it was made with')
     args = parser.parse_args()
-    for run in args.runs if args.command else []:
-        add(run)
+    if args.command:
+        add(args.run, args.minutes, args.commit)
     found = rows()
     CSV.write_text(text(found), encoding='utf-8')
-    print(table(found))
+    new, readme = table(found), README.read_text(encoding='utf-8')
+    head = re.escape(new.partition('\n')[0])
+    README.write_text(re.sub(rf'{head}\n(?:\|.*\n)+', lambda _: f'{new}\n', readme), encoding='utf-8')
+    print(new)
 
 
 if __name__ == '__main__':

@@ -19,7 +19,7 @@ from ..utils import new_folder
 from .card import Measured, Training, write_card
 from .folder import write_model
 
-__all__ = ['export_run', 'read_summary', 'without_paths']
+__all__ = ['export_run', 'read_summary', 'recipe_of', 'without_paths']
 
 # where a path may begin that says something about a machine, and such a path amid other text
 START = r'(?:[A-Za-z]:[\\/]|[~$/]|\\\\|\.\.?[\\/])'
@@ -110,7 +110,7 @@ def export_run(
         write_model(model, partial, args.get('model_kwargs'), cfg, label_names)
         (partial / 'args.yaml').write_text(yaml.safe_dump(public_args), encoding='utf-8')
         shutil.copyfile(run / 'summary.csv', partial / 'summary.csv')
-        source = scripts.find_recipe(recipe) if recipe else _recipe_of(args)
+        source = scripts.find_recipe(recipe) if recipe else recipe_of(args)
         if source:
             _copy_recipe(source, partial / 'recipe.yaml')
         write_card(partial, model, training)
@@ -130,7 +130,8 @@ def _model(args: Mapping[str, Any]) -> Any:
         raise ValueError(f'The model of args.yaml cannot be built: {error}') from error
 
 
-def _recipe_of(args: Mapping[str, Any]) -> Optional[Path]:
+def recipe_of(args: Mapping[str, Any]) -> Optional[Path]:
+    """The recipe of this package all of which is true of a run's args.yaml."""
     for path in scripts.recipes().values():
         recipe = yaml.safe_load(path.read_text(encoding='utf-8'))
         if all(args.get(key) == value for key, value in recipe.items()):
