@@ -1,14 +1,19 @@
-"""The results: the table and the CSV say what the kept runs say."""
+"""The results: the table and the CSV say what the kept runs say, the published weights do what their cards say."""
 import csv
 import json
+import os
 import runpy
 from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
+import torch
 import yaml
 from huggingface_hub import ModelCard
+from PIL import Image
 from scipy.stats import t as student
+from timm.data import create_dataset, create_loader, create_transform, resolve_data_config
 
 from timm_awm.hub import load_folder
 from timm_awm.optim import PhaseSchedule
@@ -16,6 +21,7 @@ from timm_awm.optim import PhaseSchedule
 HUB = Path(__file__).parents[1] / 'hub'
 RESULTS = runpy.run_path(str(HUB / 'results.py'))
 FOLDERS = sorted(path.parent for path in HUB.glob('*/config.json'))
+CIFAR10 = os.environ.get('TIMM_AWM_CIFAR10', '')
 RUNS = sorted(path.parent for path in HUB.glob('runs/*/args.yaml'))
 
 
@@ -70,5 +76,35 @@ def test_a_published_model_is_whole_and_its_card_says_what_was_measured(folder):
     assert folder.name.startswith(model.pretrained_cfg['architecture'] + '.' + model.pretrained_cfg['tag'])
     summary = (folder / 'summary.csv').read_bytes()
     run, = (run for run in RUNS if (run / 'summary.csv').read_bytes() == summary)
+    assert stated_accuracy(folder) == json.loads((run / 'test.json').read_text())['top1']
+
+
+def stated_accuracy(folder: Path) -> float:
     results = {r.dataset_split: r.metric_value for r in ModelCard.load(folder / 'README.md').data.eval_results}
-    assert results['test'] == json.loads((run / 'test.json').read_text())['top1']
+    return results['test']
+
+
+@pytest.mark.parametrize('folder', FOLDERS, ids=lambda path: path.name)
+@torch.inference_mode()
+def test_a_published_model_has_its_accuracy_on_a_slice(folder):
+    model = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
+    transform = create_transform(**resolve_data_config({}, model=model))
+    # a row for each class, its first 10 test images
+    sheet = Image.open(Path(__file__).with_name('cifar10_test_100.png'))
+    images = [sheet.crop((x, y, x + 32, y + 32)) for y in range(0, 320, 32) for x in range(0, 320, 32)]
+    predicted = model(torch.stack([transform(image) for image in images])).argmax(1)
+    correct = (predicted == torch.arange(10).repeat_interleave(10)).float().mean().item()
+    stated = stated_accuracy(folder) / 100
+    assert abs(correct - stated) < 2.5 * (stated * (1 - stated) / len(images)) ** 0.5
+
+
+@pytest.mark.skipif(not CIFAR10, reason='NOT TESTED: accuracy on all of CIFAR-10; set TIMM_AWM_CIFAR10 to its folder')
+@pytest.mark.parametrize('folder', FOLDERS, ids=lambda path: path.name)
+@torch.inference_mode()
+def test_a_published_model_has_its_accuracy_on_the_whole_test_set(folder):
+    model = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
+    data = create_dataset(f'hfds/{CIFAR10}', split='test', input_key='img', target_key='label')
+    config = resolve_data_config({}, model=model)
+    loader = create_loader(data, batch_size=250, num_workers=0, use_prefetcher=False, **config)
+    correct = sum((model(images).argmax(1) == labels).sum().item() for images, labels in loader)
+    assert correct / len(data) == pytest.approx(stated_accuracy(folder) / 100, abs=1e-4)
