@@ -125,6 +125,39 @@ def test_unequal_phases():
     assert_equal(model, by_hand)
 
 
+def test_rate_and_decay_of_the_merges_alone():
+    model, by_hand = net(), net()
+    kwargs = dict(base='sgd', lr=.1, momentum=.9, weight_decay=1e-2, filter_bias_and_bn=False)
+    train(model, alternating(model, period=2, merge_lr_scale=.25, merge_weight_decay=.3, **kwargs), 9)
+
+    def make(params):
+        if any(params[0] is p for p in sides(by_hand)['merge']):
+            return torch.optim.SGD(params, lr=.025, momentum=.9, nesterov=True, weight_decay=.3)
+        return torch.optim.SGD(params, lr=.1, momentum=.9, nesterov=True, weight_decay=1e-2)
+
+    train_by_hand(by_hand, make, 9, lambda epoch: ['backbone', 'merge'][epoch // 2 % 2])
+    assert_equal(model, by_hand)
+
+
+@pytest.mark.parametrize('lr', [None, .1])
+def test_the_rate_of_the_merges_keeps_its_share(lr):
+    model = net()
+    base = create_optimizer_v2(net(), opt='adamw', lr=lr)
+    optimizer = alternating(model, base='adamw', lr=lr, period=0, merge_lr_scale=.25)
+    more = Net()
+    optimizer.add_param_group(dict(params=list(more.merges.parameters()), lr=.4))
+    optimizer.add_param_group(dict(params=list(nn.Linear(5, 5).parameters())))
+    scheduler, _ = create_scheduler_v2(optimizer, sched='cosine', num_epochs=8, warmup_epochs=2, warmup_lr=0.)
+    reference, _ = create_scheduler_v2(base, sched='cosine', num_epochs=8, warmup_epochs=2, warmup_lr=0.)
+    for epoch in range(8):
+        scheduler.step(epoch)
+        reference.step(epoch)
+        whole = base.param_groups[0]['lr']
+        for group in copy.deepcopy(optimizer).param_groups[:-2] + optimizer.param_groups[-1:]:
+            assert group['lr'] == pytest.approx(whole * (.25 if group['side'] == 'merge' else 1))
+        assert optimizer.param_groups[-2]['lr'] == pytest.approx(whole / base.param_groups[0]['initial_lr'] * .1)
+
+
 @pytest.mark.parametrize('base', BASES)
 def test_period_zero_is_the_base_itself(base):
     kwargs, make = BASES[base]
@@ -653,6 +686,9 @@ def test_schedule(period, merge_period, phases):
     (dict(train='merge', period=3), 'train=merge takes no turns: give it without period'),
     (dict(train='merge+head', period=0), 'train=merge.head takes no turns'),
     (dict(train='merge', merge_period=1), 'train=merge takes no turns'),
+    (dict(merge_lr_scale=0), 'merge_lr_scale must be above 0, got 0'),
+    (dict(merge_lr_scale=float('nan')), 'merge_lr_scale must be above 0, got nan'),
+    (dict(merge_weight_decay=-.1), 'merge_weight_decay must be at least 0, got -0.1'),
     (dict(base='sdg'), "Unknown base optimizer 'sdg', the nearest is 'sgd'"),
     (dict(base='SDG'), "Unknown base optimizer 'SDG', the nearest is 'sgd'"),
     (dict(base='awm_sgd'), "Unknown base optimizer 'awm_sgd', the nearest is 'sgd'"),

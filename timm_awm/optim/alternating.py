@@ -49,13 +49,16 @@ class Alternating(Optimizer):
         period: Epochs of a backbone phase (the paper's t), 3 if not given; 0 trains both sides jointly, which is
             `base` itself.
         merge_period: Epochs of a merge phase, as long as a backbone phase if not given.
+        merge_lr_scale: The merges' learning rate, as a multiple of the one of their parameter group.
+        merge_weight_decay: The merges' weight decay, that of their parameter group if not given.
         train: In place of turns, 'merge' trains the merges alone, 'merge+head' the merges and the classifier of an AWM
             model, which is a new one where the data have other classes than the checkpoint.
         **kwargs: lr, weight_decay, ... of the base optimizer, as for `timm.optim.create_optimizer_v2`.
 
     Raises:
         ValueError: A side that is to be trained has no parameter to train, or another alternating optimizer has frozen
-            it; the base or `train` is unknown; a period is no number of epochs, or given together with `train`.
+            it; the base or `train` is unknown; a period is no number of epochs, or given together with `train`; the
+            learning rate is scaled by no positive number, or the weight decay is negative.
     """
 
     def __init__(
@@ -64,9 +67,17 @@ class Alternating(Optimizer):
             base: str = 'sgd',
             period: Optional[int] = None,
             merge_period: Optional[int] = None,
+            merge_lr_scale: float = 1.0,
+            merge_weight_decay: Optional[float] = None,
             train: Optional[str] = None,
             **kwargs: Any,
     ) -> None:
+        if not merge_lr_scale > 0:
+            raise ValueError(
+                f'merge_lr_scale must be above 0, got {merge_lr_scale}; to train no merges use the base alone.')
+        if merge_weight_decay is not None and not merge_weight_decay >= 0:
+            raise ValueError(f'merge_weight_decay must be at least 0, got {merge_weight_decay}')
+        self._merge_lr_scale, self._merge_weight_decay = merge_lr_scale, merge_weight_decay
         if train is None:
             self.schedule = PhaseSchedule(3 if period is None else period, merge_period)
         elif train not in ('merge', 'merge+head'):
@@ -81,6 +92,8 @@ class Alternating(Optimizer):
         groups = params if params and isinstance(params[0], dict) else [{'params': params}]
         groups = [part for group in groups for part in self._split(group)]
         self.base = create_optimizer_v2(groups, opt=_known(base), **kwargs)
+        for group in self.base.param_groups:
+            self._tune(group)
         super().__init__(self.base.param_groups, self.base.defaults)
         # one list and one state for both: what schedulers, scalers and users change here, the base sees
         self._share()
@@ -113,7 +126,8 @@ class Alternating(Optimizer):
         weakref.finalize(self, _thaw, self._frozen).atexit = False
 
     def __getstate__(self) -> Dict[str, Any]:
-        own = {name: getattr(self, name) for name in ('base', 'schedule', '_with_head', '_frozen')}
+        own = {name: getattr(self, name) for name in (
+            'base', 'schedule', '_with_head', '_frozen', '_merge_lr_scale', '_merge_weight_decay')}
         return {**super().__getstate__(), **own}
 
     def __setstate__(self, state: Dict[str, Any]) -> None:
@@ -186,6 +200,7 @@ class Alternating(Optimizer):
     def add_param_group(self, param_group: Dict[str, Any]) -> None:
         for part in self._split(param_group):
             super().add_param_group({**part, 'epoch': self.epoch})
+            self._tune(self.param_groups[-1])
         if self._frozen:
             self._freeze()
 
@@ -230,6 +245,13 @@ class Alternating(Optimizer):
             tensor = param[1] if isinstance(param, tuple) else param  # of named_parameters()
             sides[side_of.get(id(tensor), BACKBONE)].append(param)
         return [{'epoch': None, **group, 'params': members, 'side': side} for side, members in sides.items() if members]
+
+    def _tune(self, group: Dict[str, Any]) -> None:
+        """Gives a new parameter group, complete but for that, what is set for its side."""
+        if group['side'] == MERGE:
+            group['lr'] = group['lr'] * self._merge_lr_scale
+            if self._merge_weight_decay is not None:
+                group['weight_decay'] = self._merge_weight_decay
 
     def _freeze(self) -> None:
         self.unfreeze()
