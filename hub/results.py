@@ -1,7 +1,8 @@
 """The runs that the results rest on, and the table of them.
 
-    python hub/results.py add RUN ...   keeps what train.py and validate.py (RUN/test.json) left of a run in hub/runs/
-    python hub/results.py               writes hub/results-cifar10.csv and the table in the README
+    python hub/results.py run NAME -c RECIPE --seed 0 ...   trains with timm's train.py (goes on with a run that was
+                                                            stopped), tests once, keeps the run in hub/runs/
+    python hub/results.py                                   writes hub/results-cifar10.csv and the table in the README
 """
 import argparse
 import csv
@@ -10,6 +11,9 @@ import json
 import re
 import shutil
 import statistics
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any, Dict, List
 
@@ -21,6 +25,7 @@ from timm_awm.hub.run import read_summary, recipe_of, without_paths
 HUB = Path(__file__).parent
 README = HUB.parent / 'README.md'
 RUNS = HUB / 'runs'
+OUTPUT = HUB.parent / 'output' / 'train'  # of train.py
 CSV = HUB / 'results-cifar10.csv'
 DATASET = 'hfds/uoft-cs/cifar10'
 # the paper's test errors in %, beside the runs in proportion: the best of 700 passes with AWM, of 165 without
@@ -30,16 +35,43 @@ PAPER = {
 }
 
 
-def add(run: Path, minutes: int, commit: str) -> None:
-    """Copies a finished run, without the folders of this machine, and notes the time that it took and the commit of
-    this repository that it was made with."""
+def run(name: str, flags: List[str]) -> None:
+    """Trains, reads the test set, and keeps the run."""
+    folder = OUTPUT / name
+    awm = [sys.executable, '-m', 'timm_awm']
+    commit = subprocess.run(
+        ['git', 'describe', '--always', '--dirty'], cwd=HUB, check=True, text=True, capture_output=True).stdout.strip()
+    origin = folder / 'origin.json'
+    before = json.loads(origin.read_text(encoding='utf-8'))['minutes'] if origin.is_file() else 0
+    start = time.monotonic()
+    try:
+        subprocess.run(
+            [*awm, 'train', '--output', OUTPUT, '--experiment', name, '--resume', 'auto', *flags], check=True)
+    finally:  # what a run took that was stopped counts too
+        if folder.is_dir():
+            minutes = before + round((time.monotonic() - start) / 60)
+            origin.write_text(json.dumps({'minutes': minutes, 'commit': commit}) + '\n', encoding='utf-8')
+    args = yaml.safe_load((folder / 'args.yaml').read_text(encoding='utf-8'))
+    given = {
+        '--model': args['model'], '--checkpoint': folder / 'last.pth.tar', '--num-classes': args['num_classes'],
+        '--dataset': args['dataset'], '--data-dir': args['data_dir'], '--split': 'test',
+        '--input-key': args['input_key'], '--target-key': args['target_key'], '--device': args['device'],
+        '--results-file': folder / 'test.json', '--results-format': 'json'}
+    model_kwargs = [f'{key}={value}' for key, value in args['model_kwargs'].items()]
+    subprocess.run(
+        [*awm, 'validate', *(str(part) for flag in given.items() if flag[1] is not None for part in flag),
+         *['--model-kwargs'][:len(model_kwargs)], *model_kwargs], check=True)
+    keep(folder)
+
+
+def keep(run: Path) -> None:
+    """Copies what is left of a finished run, without the folders of this machine."""
     goal = RUNS / run.name
     goal.mkdir(parents=True)
     args = yaml.safe_load((run / 'args.yaml').read_text(encoding='utf-8'))
     (goal / 'args.yaml').write_text(yaml.safe_dump(without_paths(args)), encoding='utf-8')
-    for name in ('summary.csv', 'test.json'):
+    for name in ('summary.csv', 'test.json', 'origin.json'):
         shutil.copyfile(run / name, goal / name)
-    (goal / 'origin.json').write_text(json.dumps({'minutes': minutes, 'commit': commit}) + '\n', encoding='utf-8')
 
 
 def setting(args: Dict[str, Any]) -> str:
@@ -135,13 +167,13 @@ def text(rows: List[Dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest='command')
-    adding = commands.add_parser('add')
-    adding.add_argument('run', type=Path)
-    adding.add_argument('--minutes', type=int, required=True, help='that the training took')
-    adding.add_argument('--commit', required=True, help='of this repository that it was made with')
-    args = parser.parse_args()
+    running = commands.add_parser('run')
+    running.add_argument('name', help='of the run, its end the seed: r14_t3_s0')
+    args, flags = parser.parse_known_args()
     if args.command:
-        add(args.run, args.minutes, args.commit)
+        run(args.name, flags)
+    elif flags:
+        parser.error(f'unknown: {flags}')
     found = rows()
     CSV.write_text(text(found), encoding='utf-8')
     new, readme = table(found), README.read_text(encoding='utf-8')

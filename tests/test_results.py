@@ -54,6 +54,21 @@ def test_a_line_is_what_train_py_and_validate_py_left(run):
     assert args['val_split'] == 'train[45000:]' and args['train_split'] == 'train[:45000]'
 
 
+def test_a_kept_run_says_nothing_of_the_machine(tmp_path, monkeypatch):
+    run = tmp_path / 'output' / 'r14_t3_s7'
+    run.mkdir(parents=True)
+    args = dict(yaml.safe_load((RUNS[0] / 'args.yaml').read_text()), data_dir=str(tmp_path / 'cifar10'), seed=7)
+    (run / 'args.yaml').write_text(yaml.safe_dump(args))
+    for name in ('summary.csv', 'test.json', 'origin.json', 'last.pth.tar'):
+        (run / name).write_text('as it is')
+    monkeypatch.setitem(RESULTS['keep'].__globals__, 'RUNS', tmp_path / 'runs')
+    RESULTS['keep'](run)
+    kept = tmp_path / 'runs' / run.name
+    assert {path.name for path in kept.iterdir()} == {'args.yaml', 'summary.csv', 'test.json', 'origin.json'}
+    assert yaml.safe_load((kept / 'args.yaml').read_text()) == {**args, 'data_dir': 'cifar10'}
+    assert (kept / 'summary.csv').read_text() == 'as it is'
+
+
 def test_differences_and_their_intervals():
     rows = [
         dict(model='m', passes=6, backbone_passes=3, setting=how, top1_err=error, held_out_top1=88, minutes=2)
