@@ -2,6 +2,7 @@ import copy
 import gc
 import pickle
 
+import onnxruntime
 import pytest
 import torch
 import torch.nn as nn
@@ -79,6 +80,18 @@ def test_mixing_weights_are_finite_for_extreme_logits():
     torch.testing.assert_close(
         weights, torch.tensor([[.5, .5], [.5, .5], [1., 0.], [0., 1.], [1 / (1 + e), e / (1 + e)]]))
     torch.testing.assert_close(weights.sum(1), torch.ones(5))
+
+
+def test_mixing_weights_are_finite_in_onnx_too(tmp_path):
+    mix = MixingWeights(2, 2, 1)
+    with torch.no_grad():
+        mix.weight1.fill_(1)
+        mix.weight2.copy_(torch.tensor([[-100.], [-99.]]))
+    z = torch.tensor([[1., 0], [.01, 0]])
+    torch.onnx.export(mix, (z,), tmp_path / 'mix.onnx')
+    session = onnxruntime.InferenceSession(tmp_path / 'mix.onnx')
+    scales, = session.run(None, {session.get_inputs()[0].name: z.numpy()})
+    torch.testing.assert_close(torch.from_numpy(scales), mix(z).detach())
 
 
 def test_gradient_of_underflowing_sigmoids_is_finite():

@@ -58,7 +58,8 @@ def scaled_mixing_weights(logits: Tensor) -> Tensor:
     Returns:
         (batch, n), every row sums to n.
     """
-    log_sigma = F.logsigmoid(logits)
+    # logsigmoid, which ONNX would compute as log(sigmoid(l)): -inf for large negative logits, NaN for λ
+    log_sigma = -F.softplus(-logits, threshold=40)
     e = (log_sigma - log_sigma.detach().amax(1, keepdim=True)).exp()  # λ does not depend on what is subtracted
     return logits.shape[1] * e / e.sum(1, keepdim=True)
 
