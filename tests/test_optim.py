@@ -128,7 +128,8 @@ def test_unequal_phases():
 def test_rate_and_decay_of_the_merges_alone():
     model, by_hand = net(), net()
     kwargs = dict(base='sgd', lr=.1, momentum=.9, weight_decay=1e-2, filter_bias_and_bn=False)
-    train(model, alternating(model, period=2, merge_lr_scale=.25, merge_weight_decay=.3, **kwargs), 9)
+    # as YAML has numbers like 3e-1
+    train(model, alternating(model, period=2, merge_lr_scale='25e-2', merge_weight_decay='3e-1', **kwargs), 9)
 
     def make(params):
         if any(params[0] is p for p in sides(by_hand)['merge']):
@@ -156,6 +157,15 @@ def test_the_rate_of_the_merges_keeps_its_share(lr):
         for group in copy.deepcopy(optimizer).param_groups[:-2] + optimizer.param_groups[-1:]:
             assert group['lr'] == pytest.approx(whole * (.25 if group['side'] == 'merge' else 1))
         assert optimizer.param_groups[-2]['lr'] == pytest.approx(whole / base.param_groups[0]['initial_lr'] * .1)
+
+
+def test_a_base_with_a_rate_of_its_own():
+    model, by_hand = net(), net()
+    base = create_optimizer_v2(by_hand, opt='adafactor', lr=None)
+    for network, optimizer in ((model, alternating(model, base='adafactor', lr=None, period=0)), (by_hand, base)):
+        loss_of(network, 0).backward()
+        optimizer.step()
+    assert_equal(model, by_hand)
 
 
 @pytest.mark.parametrize('base', BASES)
@@ -688,6 +698,7 @@ def test_schedule(period, merge_period, phases):
     (dict(train='merge', merge_period=1), 'train=merge takes no turns'),
     (dict(merge_lr_scale=0), 'merge_lr_scale must be above 0, got 0'),
     (dict(merge_lr_scale=float('nan')), 'merge_lr_scale must be above 0, got nan'),
+    (dict(base='adafactor', lr=None, merge_lr_scale=.1), 'merge_lr_scale needs a learning rate'),
     (dict(merge_weight_decay=-.1), 'merge_weight_decay must be at least 0, got -0.1'),
     (dict(base='sdg'), "Unknown base optimizer 'sdg', the nearest is 'sgd'"),
     (dict(base='SDG'), "Unknown base optimizer 'SDG', the nearest is 'sgd'"),

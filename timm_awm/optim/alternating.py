@@ -72,11 +72,14 @@ class Alternating(Optimizer):
             train: Optional[str] = None,
             **kwargs: Any,
     ) -> None:
+        merge_lr_scale = float(merge_lr_scale)  # YAML has 1e-4 as a text
         if not merge_lr_scale > 0:
             raise ValueError(
                 f'merge_lr_scale must be above 0, got {merge_lr_scale}; to train no merges use the base alone.')
-        if merge_weight_decay is not None and not merge_weight_decay >= 0:
-            raise ValueError(f'merge_weight_decay must be at least 0, got {merge_weight_decay}')
+        if merge_weight_decay is not None:
+            merge_weight_decay = float(merge_weight_decay)
+            if not merge_weight_decay >= 0:
+                raise ValueError(f'merge_weight_decay must be at least 0, got {merge_weight_decay}')
         self._merge_lr_scale, self._merge_weight_decay = merge_lr_scale, merge_weight_decay
         if train is None:
             self.schedule = PhaseSchedule(3 if period is None else period, merge_period)
@@ -249,7 +252,10 @@ class Alternating(Optimizer):
     def _tune(self, group: Dict[str, Any]) -> None:
         """Gives a new parameter group, complete but for that, what is set for its side."""
         if group['side'] == MERGE:
-            group['lr'] = group['lr'] * self._merge_lr_scale
+            if self._merge_lr_scale != 1:
+                if group['lr'] is None:  # Adafactor's own
+                    raise ValueError('merge_lr_scale needs a learning rate to scale: give lr.')
+                group['lr'] = group['lr'] * self._merge_lr_scale
             if self._merge_weight_decay is not None:
                 group['weight_decay'] = self._merge_weight_decay
 
