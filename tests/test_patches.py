@@ -137,6 +137,9 @@ def test_class_folders_in_place_of_a_data_set_of_the_hub(tmp_path):
 
     assert (size('train'), size('test'), size('validation'), size('val')) == (6, 4, 4, 4)
     (tmp_path / 'val').rename(tmp_path / 'elsewhere')
+    for split in ('train[:5]', 'test[5:]'):
+        with pytest.raises(ValueError, match='cannot be sliced.*Parquet'):
+            size(split)
     with pytest.raises(FileNotFoundError, match="has no folder 'test' of images.*--val-split"):
         size('test')
 

@@ -147,6 +147,10 @@ def _with_local_data(create_dataset):
 
 def _split_folder(root: str, split: str) -> str:
     """The folder of a split; timm would take the root, with the training images in it, if there were none."""
+    if '[' in split:
+        raise ValueError(
+            f'The folders of images in {root} cannot be sliced as {split!r} asks: give the Parquet files of the data '
+            'set, or leave the data on the Hub, or name whole folders with --train-split and --val-split.')
     names = [split] if split == 'train' else [split, 'val', 'validation', 'test']
     folders = [folder for folder in (os.path.join(root, name) for name in names) if os.path.isdir(folder)]
     if not folders:
