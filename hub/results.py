@@ -28,19 +28,24 @@ RUNS = HUB / 'runs'
 OUTPUT = HUB.parent / 'output' / 'train'  # of train.py
 CSV = HUB / 'results-cifar10.csv'
 DATASET = 'hfds/uoft-cs/cifar10'
-# the paper's test errors in %, beside the runs in proportion: the best of 700 passes with AWM, of 165 without
+# the paper's test errors in %, beside the runs with as many passes or in proportion: the best of 700 passes with AWM, of 165 without
 PAPER = {
     ('awm_resnet14_cifar', 14, 'plain'): '9.21', ('awm_resnet14_cifar', 60, 't = 3'): '8.13',
+    ('awm_resnet14_cifar', 165, 'plain'): '9.21', ('awm_resnet14_cifar', 700, 't = 3'): '8.13',
     ('awm_resnet20_cifar', 14, 'plain'): '8.42', ('awm_resnet20_cifar', 60, 't = 3'): '6.73',
+    ('awm_resnet20_cifar', 165, 'plain'): '8.42', ('awm_resnet20_cifar', 700, 't = 3'): '6.73',
 }
 
 
 def run(name: str, flags: List[str]) -> None:
     """Trains, reads the test set, and keeps the run."""
+    if (RUNS / name).exists():
+        sys.exit(f'There is a run {RUNS / name} already: give another name, or delete that to make it anew.')
     folder = OUTPUT / name
     awm = [sys.executable, '-m', 'timm_awm']
-    commit = subprocess.run(
-        ['git', 'describe', '--always', '--dirty'], cwd=HUB, check=True, text=True, capture_output=True).stdout.strip()
+    commit = git('rev-parse', '--short', 'HEAD')
+    if git('status', '--porcelain', '--', 'timm_awm', 'recipes'):  # results of other runs change nothing
+        commit += '-dirty'
     origin = folder / 'origin.json'
     before = json.loads(origin.read_text(encoding='utf-8'))['minutes'] if origin.is_file() else 0
     start = time.monotonic()
@@ -64,6 +69,10 @@ def run(name: str, flags: List[str]) -> None:
     keep(folder)
 
 
+def git(*args: str) -> str:
+    return subprocess.run(['git', *args], cwd=HUB.parent, check=True, text=True, capture_output=True).stdout.strip()
+
+
 def keep(run: Path) -> None:
     """Copies what is left of a finished run, without the folders of this machine."""
     goal = RUNS / run.name
@@ -81,10 +90,12 @@ def setting(args: Dict[str, Any]) -> str:
     period, merge_period = options.pop('period', None), options.pop('merge_period', None)
     if args['opt'] != 'alternating':
         how = 'plain'
+    elif 'train' in options:
+        how = f'`train={options["train"]}`'
     elif period == 0:
         how = 'joint'
     else:
-        how = f't = {period}' + (f' and {merge_period}' if merge_period else '')
+        how = f't = {3 if period is None else period}' + (f' and {merge_period}' if merge_period else '')
     changed = {**model_kwargs, **{key: value for key, value in options.items() if key.startswith('merge_')}}
     return ', '.join([how, *(f'`{key}={value}`' for key, value in changed.items())])
 
@@ -128,6 +139,9 @@ def table(rows: List[Dict[str, Any]]) -> str:
     groups: Dict[Any, List[Dict[str, Any]]] = {}
     for r in rows:
         groups.setdefault((r['model'], -r['passes'], r['setting'] != 'plain', r['setting']), []).append(r)
+    for runs in groups.values():
+        if len({r['seed'] for r in runs}) < len(runs):
+            raise ValueError(f'Of {[r["run"] for r in runs]} some have one seed: the same run twice is no evidence.')
     lines = [
         '| network | passes | of the backbone | trained | runs | held-out error, % | test error, % | '
         'difference from plain | minutes | paper, % |',

@@ -71,9 +71,11 @@ def test_a_kept_run_says_nothing_of_the_machine(tmp_path, monkeypatch):
 
 def test_differences_and_their_intervals():
     rows = [
-        dict(model='m', passes=6, backbone_passes=3, setting=how, top1_err=error, held_out_top1=88, minutes=2)
-        for how, error in (
-            ('plain', 10.0), ('plain', 10.4), ('plain', 10.1), ('t = 3', 9.7), ('t = 3', 10.3), ('joint', 11.0))]
+        dict(model='m', passes=6, backbone_passes=3, setting=how, top1_err=error, held_out_top1=88, minutes=2,
+             seed=seed, run=f'{how}_s{seed}')
+        for how, seed, error in (
+            ('plain', 0, 10.0), ('plain', 1, 10.4), ('plain', 2, 10.1), ('t = 3', 0, 9.7), ('t = 3', 1, 10.3),
+            ('joint', 0, 11.0))]
     *_, plain, joint, third = RESULTS['table'](rows).splitlines()
     a, b = np.array([9.7, 10.3]), np.array([10.0, 10.4, 10.1])
     variances = np.array([a.var(ddof=1) / 2, b.var(ddof=1) / 3])
@@ -83,6 +85,23 @@ def test_differences_and_their_intervals():
     assert f'| {difference:+.2f} ({difference - half:+.2f} to {difference + half:+.2f}) |' in third
     assert f'| {b.mean():.2f} ± {b.std(ddof=1):.2f} |  |' in plain
     assert '| 1 | 12.00 | 11.00 | +0.83 |' in joint
+    with pytest.raises(ValueError, match=r"\['joint_s0', 'again'\] some have one seed"):
+        RESULTS['table']([*rows, dict(rows[-1], run='again')])
+
+
+def test_a_kept_run_is_not_run_again():
+    before = {path: path.read_bytes() for path in RUNS[0].iterdir()}
+    with pytest.raises(SystemExit, match='There is a run .* already'):
+        RESULTS['run'](RUNS[0].name, [])
+    assert {path: path.read_bytes() for path in RUNS[0].iterdir()} == before
+
+
+@pytest.mark.parametrize('opt_kwargs, how', [
+    ({}, 't = 3'), (dict(period=5), 't = 5'), (dict(period=0), 'joint'), (dict(period=3, merge_period=1), 't = 3 and 1'),
+    (dict(train='merge'), '`train=merge`'),
+    (dict(period=0, merge_lr_scale=.1, base='sgd'), 'joint, `merge_lr_scale=0.1`')])
+def test_settings(opt_kwargs, how):
+    assert RESULTS['setting'](dict(opt='alternating', opt_kwargs=opt_kwargs, model_kwargs={})) == how
 
 
 @pytest.mark.parametrize('folder', FOLDERS, ids=lambda path: path.name)
