@@ -96,18 +96,23 @@ def test_observing_keeps_no_images_and_leaves_the_modes():
     analysis.observe(model, stream())
     assert most == 1 and len(alive) == 6
     alive.clear()
-    analysis.ablate(model, stream())
+    analysis.ablate(model, stream(), analysis.observe(model, batches()).lambdas)
     assert most == 1 and len(alive) == 6
     assert [m.training for m in model.modules()] == modes
     assert not any(m._forward_hooks for m in model.modules())
 
 
-@pytest.mark.parametrize('function', [analysis.observe, analysis.ablate])
-def test_nothing_to_look_at(function):
-    with pytest.raises(ValueError, match='There are no images'):
-        function(trained(RESNET), [])
-    with pytest.raises(ValueError, match='no AWM merge'):
-        function(timm.create_model(RESNET, awm=False), batches())
+def test_nothing_to_look_at():
+    model, plain = trained(RESNET), timm.create_model(RESNET, awm=False)
+    lambdas = analysis.observe(model, batches()).lambdas
+    for function, *more in ((analysis.observe,), (analysis.ablate, lambdas)):
+        with pytest.raises(ValueError, match='There are no images'):
+            function(model, [], *more)
+        with pytest.raises(ValueError, match='no AWM merge'):
+            function(plain, batches(), *more)
+    lambdas.popitem()
+    with pytest.raises(ValueError, match=r"λ of the merges \['layer3.1.merge'\] is not given"):
+        analysis.ablate(model, batches(), lambdas)
 
 
 # merges at the identity
@@ -120,7 +125,8 @@ def test_ablation_is_that_of_weights_set_to_zero(name):
         model.get_classifier().bias -= model(images).mean(0)  # or it would take all images for one class
         labels = model(images).argmax(1)  # so that whatever is lost shows
     data = list(zip(images.split(40), labels.split(40)))
-    result = analysis.ablate(model, data)
+    lambdas = analysis.observe(model, data).lambdas
+    result = analysis.ablate(model, data, lambdas)
 
     def accuracy_without(*merges):
         changed = copy.deepcopy(model)
@@ -129,7 +135,14 @@ def test_ablation_is_that_of_weights_set_to_zero(name):
         with torch.no_grad():
             return 100 * (changed(images).argmax(1) == labels).double().mean().item()
 
-    merges = list(analysis.observe(model, data).lambdas)
+    merges = list(lambdas)
+    alike = copy.deepcopy(model)
+    for merge in merges:
+        mean = lambdas[merge].mean(0)
+        mix_of(alike, merge).forward = lambda z, scales=len(mean) * mean: scales.expand(len(z), -1)
+    with torch.no_grad():
+        constant = 100 * (alike(images).argmax(1) == labels).double().mean().item()
+    assert result.constant == pytest.approx(constant) and result.all < result.constant < 100
     assert result.top1 == 100 and list(result.merges) == merges
     assert result.all == pytest.approx(accuracy_without(*merges)) and result.all < 100
     assert result.merges == pytest.approx({merge: accuracy_without(merge) for merge in merges})
@@ -306,10 +319,11 @@ def test_class_means_less_the_mean_of_all():
 
 
 def test_curves():
-    ablation = analysis.Ablation(90., 70., {'layer1.0.merge': 88., 'layer1.1.merge': 90.5})
+    ablation = analysis.Ablation(90., 80., 70., {'layer1.0.merge': 88., 'layer1.1.merge': 90.5})
     ax, = analysis.plot_ablations(dict(net=ablation)).axes
-    one, all_merges = ax.lines
-    assert list(one.get_ydata()) == [-2, .5] and list(all_merges.get_ydata()) == [-20, -20]
+    one, constant, all_merges = ax.lines
+    assert list(one.get_ydata()) == [-2, .5]
+    assert list(constant.get_ydata()) == [-10, -10] and list(all_merges.get_ydata()) == [-20, -20]
     ax, = analysis.plot_cumulative_matches({'6 λ': np.array([40., 60]), 'pixels': np.array([30., 55])}).axes
     assert [line.get_label() for line in ax.lines] == ['6 λ', 'pixels']
     assert ax.lines[1].get_xdata().tolist() == [1, 2] and ax.lines[1].get_ydata().tolist() == [30, 55]

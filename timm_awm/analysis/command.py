@@ -252,7 +252,7 @@ def _analyze(label: str, model: nn.Module, settings: Settings, folder: Path, res
         plot_path_profile(seen.lambdas, label).savefig(folder / 'profile.png', dpi=120)
     if settings.ablation and labelled:
         ablation = results.ablations[label] = ablate(
-            model, _data(settings, model, settings.split, f'{label}, merges at the identity'))
+            model, _data(settings, model, settings.split, f'{label}, merges held constant'), seen.lambdas)
         summary['ablation'] = ablation._asdict()
     if settings.train_split:
         if not labelled:
@@ -381,6 +381,7 @@ def _line(label: str, summary: Mapping[str, Any]) -> str:
     if 'top1' in summary:
         parts.append(f'top-1 {summary["top1"]:.2f} %')
     if 'ablation' in summary:
+        parts.append(f'{summary["ablation"]["constant"]:.2f} % with every λ at its mean')
         parts.append(f'{summary["ablation"]["all"]:.2f} % with all merges at the identity')
     if summary.get('between_class_share') is not None:
         parts.append(f'{summary["between_class_share"]:.1%} of the variance of λ between classes (by chance '

@@ -1,6 +1,6 @@
-"""What the merges of a network do with images: their mixing weights, and the accuracy without them."""
+"""What the merges of a network do with images: their mixing weights, and the accuracy without them or without their choice."""
 from contextlib import contextmanager
-from typing import Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from timm.utils import unwrap_model
@@ -23,7 +23,8 @@ class Observed(NamedTuple):
 class Ablation(NamedTuple):
     """Top-1 accuracies, in percent."""
     top1: float  # of the network as it is
-    all: float  # with all merges at the identity: its plain backbone
+    constant: float  # with every λ at its mean over the images: weighed, but all images alike
+    all: float  # with all merges at the identity, λ = 1/n: plain sums and concatenations
     merges: Dict[str, float]  # name of the merge -> with it alone at the identity, in order of execution
 
 
@@ -84,11 +85,20 @@ def identity_merges(model: nn.Module, names: Optional[Sequence[str]] = None) -> 
     """
     mixes = _mixes(model)
     names = list(mixes) if names is None else names
-    unknown = [name for name in names if name not in mixes]
-    if unknown or not mixes:
-        raise ValueError(f'{type(model).__name__} has no AWM merge{"".join(f" {name!r}" for name in unknown[:1])}.')
-    handles = [mixes[name].register_forward_hook(lambda module, args, scales: torch.ones_like(scales))
-               for name in names]
+    for name in names:
+        if name not in mixes:
+            raise ValueError(f'{type(model).__name__} has no AWM merge {name!r}.')
+    with _constant_merges(mixes, {name: torch.ones(mixes[name].num_paths) for name in names}):
+        yield
+
+
+@contextmanager
+def _constant_merges(mixes: Mapping[str, MixingWeights], scales: Mapping[str, Tensor]) -> Iterator[None]:
+    """Inside the `with` block merges have n · λ, (paths,), whatever the image."""
+    def hook_of(constant: Tensor) -> Callable[[nn.Module, Any, Tensor], Tensor]:
+        return lambda module, args, own: constant.to(own).expand_as(own)
+
+    handles = [mixes[name].register_forward_hook(hook_of(constant)) for name, constant in scales.items()]
     try:
         with torch.compiler.set_stance('force_eager'):  # compiled code would not call the hooks
             yield
@@ -97,42 +107,51 @@ def identity_merges(model: nn.Module, names: Optional[Sequence[str]] = None) -> 
             handle.remove()
 
 
-def ablate(model: nn.Module, batches: Batches) -> Ablation:
-    """Accuracy with each merge alone, and with all of them, set back to the identity after training.
+def ablate(model: nn.Module, batches: Batches, lambdas: Mapping[str, Tensor]) -> Ablation:
+    """Accuracy without what the merges do: with λ alike for all images, and, after training, set back to the identity.
 
-    Every batch goes through the network two times more often than it has merges.
+    Every batch goes through the network three times more often than it has merges.
 
     Args:
         model: As for `observe`.
         batches: As for `observe`; the labels are classes of the model.
+        lambdas: Name of every merge -> λ, (images, paths), of which the mean is taken: `observe(...).lambdas`.
 
     Raises:
-        ValueError: The model has no merge, or there are no images.
+        ValueError: The model has no merge, or λ of one is not given, or there are no images.
     """
     device = next(model.parameters()).device
-    merges = list(_mixes(model))
-    settings = [[], merges, *([name] for name in merges)]
+    mixes = _mixes(model)
+    missing = mixes.keys() - lambdas.keys()
+    if missing:
+        raise ValueError(f'λ of the merges {sorted(missing)} is not given.')
+    means = {name: mix.num_paths * lambdas[name].mean(0) for name, mix in mixes.items()}
+    ones = {name: torch.ones(mix.num_paths) for name, mix in mixes.items()}
+    settings = [{}, means, ones, *({name: scales} for name, scales in ones.items())]
     correct, count = [0] * len(settings), 0
     with _eval_mode(model):
         for images, target in batches:
             images, target = images.to(device), target.to(device)
             count += len(target)
-            for i, names in enumerate(settings):
-                with identity_merges(model, names), torch.inference_mode():
+            for i, scales in enumerate(settings):
+                with _constant_merges(mixes, scales), torch.inference_mode():
                     correct[i] += int((model(images).argmax(1) == target).sum())
     if not count:
         raise ValueError('There are no images.')
-    top1, without_all, *without_one = (100 * n / count for n in correct)
-    return Ablation(top1, without_all, dict(zip(merges, without_one)))
+    top1, constant, without_all, *without_one = (100 * n / count for n in correct)
+    return Ablation(top1, constant, without_all, dict(zip(mixes, without_one)))
 
 
 def _mixes(model: nn.Module) -> Dict[str, MixingWeights]:
-    """The merges by the names that `record_mixing_weights` gives them."""
-    return {
+    """The merges by the names that `record_mixing_weights` gives them; a ValueError if there are none."""
+    mixes = {
         name.removesuffix('.mix'): module
         for name, module in unwrap_model(model).named_modules()
         if isinstance(module, MixingWeights)
     }
+    if not mixes:
+        raise ValueError(f'{type(model).__name__} has no AWM merge.')
+    return mixes
 
 
 @contextmanager

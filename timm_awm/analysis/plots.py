@@ -111,16 +111,18 @@ def plot_class_means(means: np.ndarray, classes: Sequence[str], lambdas: Dict[st
 
 
 def plot_ablations(models: Mapping[str, Ablation]) -> Figure:
-    """Draw what accuracy is lost with each merge, and with all, set back to the identity.
+    """Draw what accuracy is lost with each merge, and with all, set back to the identity, and with λ alike for all images.
 
     Args:
         models: Label of the model -> the result of `ablate`.
     """
     figure, ax = _figure(max(len(ablation.merges) for ablation in models.values()))
-    for label, (top1, without_all, merges) in models.items():
+    for label, (top1, constant, without_all, merges) in models.items():
         line, = ax.plot(
             range(1, len(merges) + 1), [value - top1 for value in merges.values()], marker='o',
             label=f'{label} ({top1:.2f} %), one merge at the identity')
+        ax.axhline(
+            constant - top1, color=line.get_color(), linestyle=':', label=f'{label}, every λ at its mean')
         ax.axhline(
             without_all - top1, color=line.get_color(), linestyle='--', label=f'{label}, all merges at the identity')
     _number_merges(ax, [list(ablation.merges) for ablation in models.values()])
