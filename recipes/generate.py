@@ -350,11 +350,13 @@ def with_period(name: str, t: int, paper: str, schedule: Schedule, shared: str) 
     model = name.rpartition('/')[2].rpartition('_')[0]
     passes, cuts = schedule.passes, schedule.cuts
     if t:
-        last, control_last = (first_pass(cuts[1], period) for period in (t, schedule.t))
         how = f'in turn, {every(t)}.'
-        control = (
-            f'Control: {model}_plain.yaml, as for t = {schedule.t}. The second cut of the rate is at pass {last} here, '
-            f'where backbone epoch {cuts[1]} begins, and at {control_last} there.')
+        control = f'Control: {model}_plain.yaml, as for t = {schedule.t}.'
+        here, there = ([first_pass(cut, period) for cut in cuts] for period in (t, schedule.t))
+        if here != there:
+            control += (
+                f' The rate is cut at passes {here[0]} and {here[1]} here, where backbone epochs {cuts[0]} and '
+                f'{cuts[1]} begin, and at {there[0]} and {there[1]} there.')
         length = (epochs_in_turn(passes, t), cuts_at(cuts, t))
     else:
         how = f'trained jointly (t = 0), in {passes} joint passes: as many passes as with any other t.'
