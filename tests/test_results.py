@@ -22,6 +22,13 @@ HUB = Path(__file__).parents[1] / 'hub'
 RESULTS = runpy.run_path(str(HUB / 'results.py'))
 FOLDERS = sorted(path.parent for path in HUB.glob('*/config.json'))
 CIFAR10 = os.environ.get('TIMM_AWM_CIFAR10', '')
+# of 100 test images, ten of a class, those that the published weights take for another class: with their merges at the
+# identity it would be others
+MISSED = {
+    'awm_resnet14_cifar.plain_c10': [23, 27, 29, 34, 35, 45, 55, 58, 60, 63],
+    'awm_resnet14_cifar.t0_c10': [20, 23, 27, 34, 35, 38, 45, 54, 55, 59, 60, 79],
+    'awm_resnet14_cifar.t3_c10': [16, 23, 27, 29, 35, 45, 54, 55, 59, 60, 76, 95],
+}
 RUNS = sorted(path.parent for path in HUB.glob('runs/*/args.yaml'))
 
 
@@ -127,9 +134,10 @@ def test_a_published_model_has_its_accuracy_on_a_slice(folder):
     sheet = Image.open(Path(__file__).with_name('cifar10_test_100.png'))
     images = [sheet.crop((x, y, x + 32, y + 32)) for y in range(0, 320, 32) for x in range(0, 320, 32)]
     predicted = model(torch.stack([transform(image) for image in images])).argmax(1)
-    correct = (predicted == torch.arange(10).repeat_interleave(10)).float().mean().item()
+    missed = (predicted != torch.arange(10).repeat_interleave(10)).nonzero().flatten().tolist()
+    assert missed == MISSED[folder.name]
     stated = stated_accuracy(folder) / 100
-    assert abs(correct - stated) < 2.5 * (stated * (1 - stated) / len(images)) ** 0.5
+    assert abs(1 - len(missed) / len(images) - stated) < 2.5 * (stated * (1 - stated) / len(images)) ** 0.5
 
 
 @pytest.mark.skipif(not CIFAR10, reason='NOT TESTED: accuracy on all of CIFAR-10; set TIMM_AWM_CIFAR10 to its folder')
