@@ -127,7 +127,7 @@ def plot_ablations(models: Mapping[str, Ablation]) -> Figure:
             without_all - top1, color=line.get_color(), linestyle='--', label=f'{label}, all merges at the identity')
     _number_merges(ax, [list(ablation.merges) for ablation in models.values()])
     ax.set_ylabel('change of the top-1 accuracy, points')
-    ax.set_title('Merges set back to λ = 1/n after training')
+    ax.set_title('Merges held constant after training; at the identity: λ = 1/n')
     ax.legend()
     return figure
 
