@@ -28,7 +28,7 @@ RUNS = HUB / 'runs'
 OUTPUT = HUB.parent / 'output' / 'train'  # of train.py
 CSV = HUB / 'results-cifar10.csv'
 DATASET = 'hfds/uoft-cs/cifar10'
-# the paper's test errors in %, beside the runs with as many passes or in proportion: the best of 700 passes with AWM, of 165 without
+# the paper's test errors in %, the best of 700 passes with AWM, of 165 without: beside runs as long or in proportion
 PAPER = {
     ('awm_resnet14_cifar', 14, 'plain'): '9.21', ('awm_resnet14_cifar', 60, 't = 3'): '8.13',
     ('awm_resnet14_cifar', 165, 'plain'): '9.21', ('awm_resnet14_cifar', 700, 't = 3'): '8.13',
@@ -141,7 +141,7 @@ def table(rows: List[Dict[str, Any]]) -> str:
         groups.setdefault((r['model'], -r['passes'], r['setting'] != 'plain', r['setting']), []).append(r)
     for runs in groups.values():
         if len({r['seed'] for r in runs}) < len(runs):
-            raise ValueError(f'Of {[r["run"] for r in runs]} some have one seed: the same run twice is no evidence.')
+            raise ValueError(f'Of {[r["run"] for r in runs]} some have the same seed: one run twice is no evidence.')
     lines = [
         '| network | passes | of the backbone | trained | runs | held-out error, % | test error, % | '
         'difference from plain | minutes | paper, % |',

@@ -139,7 +139,7 @@ def test_ablation_is_that_of_weights_set_to_zero(name):
     alike = copy.deepcopy(model)
     for merge in merges:
         mean = lambdas[merge].mean(0)
-        mix_of(alike, merge).forward = lambda z, scales=len(mean) * mean: scales.expand(len(z), -1)
+        mix_of(alike, merge).forward = lambda z, mean=mean: len(mean) * mean.expand(len(z), -1)
     with torch.no_grad():
         constant = 100 * (alike(images).argmax(1) == labels).double().mean().item()
     assert result.constant == pytest.approx(constant) and result.all < result.constant < 100

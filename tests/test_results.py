@@ -92,7 +92,7 @@ def test_differences_and_their_intervals():
     assert f'| {difference:+.2f} ({difference - half:+.2f} to {difference + half:+.2f}) |' in third
     assert f'| {b.mean():.2f} ± {b.std(ddof=1):.2f} |  |' in plain
     assert '| 1 | 12.00 | 11.00 | +0.83 |' in joint
-    with pytest.raises(ValueError, match=r"\['joint_s0', 'again'\] some have one seed"):
+    with pytest.raises(ValueError, match=r"\['joint_s0', 'again'\] some have the same seed"):
         RESULTS['table']([*rows, dict(rows[-1], run='again')])
 
 
@@ -104,8 +104,8 @@ def test_a_kept_run_is_not_run_again():
 
 
 @pytest.mark.parametrize('opt_kwargs, how', [
-    ({}, 't = 3'), (dict(period=5), 't = 5'), (dict(period=0), 'joint'), (dict(period=3, merge_period=1), 't = 3 and 1'),
-    (dict(train='merge'), '`train=merge`'),
+    ({}, 't = 3'), (dict(period=5), 't = 5'), (dict(period=0), 'joint'), (dict(train='merge'), '`train=merge`'),
+    (dict(period=3, merge_period=1), 't = 3 and 1'),
     (dict(period=0, merge_lr_scale=.1, base='sgd'), 'joint, `merge_lr_scale=0.1`')])
 def test_settings(opt_kwargs, how):
     assert RESULTS['setting'](dict(opt='alternating', opt_kwargs=opt_kwargs, model_kwargs={})) == how

@@ -1,4 +1,4 @@
-"""What the merges of a network do with images: their mixing weights, and the accuracy without them or without their choice."""
+"""What the merges of a network do with images: their mixing weights, and the accuracy with them held constant."""
 from contextlib import contextmanager
 from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
@@ -110,7 +110,7 @@ def _constant_merges(mixes: Mapping[str, MixingWeights], scales: Mapping[str, Te
 def ablate(model: nn.Module, batches: Batches, lambdas: Mapping[str, Tensor]) -> Ablation:
     """Accuracy without what the merges do: with λ alike for all images, and, after training, set back to the identity.
 
-    Every batch goes through the network three times more often than it has merges.
+    Every batch goes through the network once for each merge, and three times more.
 
     Args:
         model: As for `observe`.

@@ -111,7 +111,7 @@ def plot_class_means(means: np.ndarray, classes: Sequence[str], lambdas: Dict[st
 
 
 def plot_ablations(models: Mapping[str, Ablation]) -> Figure:
-    """Draw what accuracy is lost with each merge, and with all, set back to the identity, and with λ alike for all images.
+    """Draw what accuracy is lost with each merge, and with all, at the identity, and with every λ at its mean.
 
     Args:
         models: Label of the model -> the result of `ablate`.

@@ -58,7 +58,7 @@ class Alternating(Optimizer):
     Raises:
         ValueError: A side that is to be trained has no parameter to train, or another alternating optimizer has frozen
             it; the base or `train` is unknown; a period is no number of epochs, or given together with `train`; the
-            learning rate is scaled by no positive number, or the weight decay is negative.
+            learning rate is scaled by no positive number, or there is none to scale; or the weight decay is negative.
     """
 
     def __init__(
