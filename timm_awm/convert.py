@@ -1,55 +1,33 @@
 """Any of timm's own ResNets or DenseNets with AWM merges: the same network, the same function."""
-from functools import partial
-from typing import Any, Dict, Iterable, Optional
+from typing import Any, Dict, Optional
 
-import timm
 from timm.models import (
-    BasicBlock,
-    Bottleneck,
-    DenseNet,
     ResNet,
     filter_pretrained_cfg,
     generate_default_cfgs,
     get_pretrained_cfg,
     is_model,
     is_model_in_modules,
+    model_entrypoint,
     register_model,
     split_model_name_tag,
 )
-from timm.models.densenet import DenseBlock, DenseLayer, _filter_torchvision_pretrained  # private: there is no other
+from timm.models.densenet import DenseBlock, DenseLayer
 from torch import nn
 
-from .models import (
-    AwmCifarDenseNet,
-    AwmCifarResNet,
-    AwmDenseNet,
-    AwmResNet,
-    CifarDenseNet,
-    CifarResNet,
-    insert_concat_merges,
-    insert_sum_merges,
-)
-from .models._awm import AwmModel, create_awm_model, enlist
-from .models._weights import identity_cfg
+from .models.builder import AWM_BLOCKS, AWM_CLASSES, AwmModel, add_merges, create_awm_model
+from .models.checkpoint import identity_cfg
 
 __all__ = ['convert']
 
 GENERIC = 'awm_converted'
-BLOCKS = (BasicBlock, Bottleneck, DenseBlock, DenseLayer)
-AWM_CLASSES: Dict[type, type] = {
-    ResNet: AwmResNet,
-    CifarResNet: AwmCifarResNet,
-    DenseNet: AwmDenseNet,
-    CifarDenseNet: AwmCifarDenseNet,
-}
 
 
 def convert(model: nn.Module, awm_hidden: Optional[int] = None) -> nn.Module:
     """Changes the model itself: gives one of timm's own ResNets or DenseNets AWM merges, and returns it.
 
     Trained or not, on any device, in any dtype and mode, it computes what it did before (bit for bit, if merges are not
-    fused: `set_fused_merge`), for every merge is at the identity start. Only images smaller than its stride are refused
-    from then on. Its parameters stay the same objects with the
+    fused: `set_fused_merge`), for every merge is at the identity start. Its parameters stay the same objects with the
     same names; hooks stay too. Merges stand where the sums and concatenations were, behind attention and drop path. It
     is then ready for the alternating optimizer and for `timm_awm.hub.save_for_hub`. A copy: convert(deepcopy(model)).
 
@@ -65,18 +43,14 @@ def convert(model: nn.Module, awm_hidden: Optional[int] = None) -> nn.Module:
     if problem:
         raise TypeError(f'{problem} timm_awm.convert takes ResNets and DenseNets of timm: the network itself, before '
                         'it is wrapped, compiled or scripted.')
-    insert: Any = insert_sum_merges if isinstance(model, ResNet) else insert_concat_merges
-    insert(model, **({} if awm_hidden is None else dict(hidden_features=awm_hidden)))
-    model.__class__ = AWM_CLASSES[type(model)]
-    model.total_stride = max(info['reduction'] for info in model.feature_info if _is_left(model, info['module']))
-    enlist(model)
+    add_merges(model, awm_hidden)
     cfg: Dict[str, Any] = getattr(model, 'pretrained_cfg', {})
     if cfg:
-        base = getattr(model, 'awm_base', cfg['architecture'].removeprefix('awm_'))
+        base = getattr(model, '_model_args', {}).get('base', cfg['architecture'].removeprefix('awm_'))
         architecture = f'awm_{base}'
         if not is_model(architecture):
             architecture = GENERIC
-            model.awm_base = base  # what `awm_converted` builds it of
+            model._model_args = {**getattr(model, '_model_args', {}), 'base': base}  # for save_for_hf
         # where the weights came from is not known any more: nobody says whether they were loaded, or trained since
         model.pretrained_cfg = model.default_cfg = {
             **{k: v for k, v in filter_pretrained_cfg(cfg, remove_source=True).items() if k != 'tag'},
@@ -93,30 +67,17 @@ def _problem(model: nn.Module) -> str:
     if type(model) not in AWM_CLASSES:
         return f'{type(model).__module__}.{type(model).__name__} is none of the classes that get merges.'
     if isinstance(model, ResNet):
-        stages = (model.layer1, model.layer2, model.layer3, model.layer4)
-        blocks = [block for stage in stages if _is_left(stage) for block in stage]
+        blocks = [block for i in range(1, 5) for block in getattr(model, f'layer{i}').children()]
     else:
-        dense = [block for block in model.features if isinstance(block, DenseBlock)]
-        blocks = [*dense, *(layer for block in dense for layer in block.values())]
-    unknown = {type(block) for block in blocks} - set(BLOCKS)
+        blocks = [block for block in model.features.children() if isinstance(block, DenseBlock)]
+        if any(type(layer) is not DenseLayer for block in blocks for layer in block.children()):
+            return f"A dense block of this {type(model).__name__} is made of other layers than timm's DenseLayer."
+    unknown = {type(block).__name__ for block in blocks if type(block) not in AWM_BLOCKS}
     if unknown:
         return (
-            f'This {type(model).__name__} is made of {_names(unknown)}, which join their paths by themselves; there is '
-            f"a merge for timm's {_names(BLOCKS)} only.")
+            f'This {type(model).__name__} is made of {", ".join(sorted(unknown))}, which join their paths by '
+            f"themselves; there is a merge for timm's {', '.join(cls.__name__ for cls in AWM_BLOCKS)} only.")
     return '' if blocks else f'This {type(model).__name__} has no blocks.'
-
-
-def _names(classes: Iterable[type]) -> str:
-    return ', '.join(sorted(cls.__name__ for cls in classes))
-
-
-def _is_left(module: nn.Module, name: str = '') -> bool:
-    """Whether a module in another has not been pruned, as by timm's `prune_intermediate_layers`."""
-    try:
-        found = module.get_submodule(name)
-    except AttributeError:
-        return False
-    return not (type(found) is nn.Identity or isinstance(found, nn.Sequential) and len(found) == 0)
 
 
 default_cfgs = generate_default_cfgs({
@@ -125,7 +86,7 @@ default_cfgs = generate_default_cfgs({
 
 
 @register_model
-def awm_converted(pretrained: bool = False, base: str = 'resnet50', **kwargs) -> nn.Module:
+def awm_converted(pretrained: bool = False, base: str = 'resnet50', **kwargs: Any) -> nn.Module:
     """Any ResNet or DenseNet of timm that `convert` takes, with AWM merges: `base` is its name.
 
     With pretrained=True and a base of timm, such as seresnet50.ra2_in1k, it is the plain network with its weights, the
@@ -134,18 +95,12 @@ def awm_converted(pretrained: bool = False, base: str = 'resnet50', **kwargs) ->
     name, _ = split_model_name_tag(base)
     if name.startswith('awm_') or not is_model(name):
         raise ValueError(f'The base of {GENERIC} is the name of a plain ResNet or DenseNet of timm, not {base!r}.')
-    awm_hidden = kwargs.pop('awm_hidden', None)
     if not kwargs.get('pretrained_cfg'):
         kwargs['pretrained_cfg'] = identity_cfg(get_pretrained_cfg(base), GENERIC).to_dict()
-    plain = partial(timm.create_model, name)
-    model = create_awm_model(
-        lambda **plain_kwargs: convert(plain(**plain_kwargs), awm_hidden),
-        plain,
+    return create_awm_model(
         GENERIC,
+        model_entrypoint(name),
         pretrained,
-        pretrained_filter_fn=_filter_torchvision_pretrained,
         feature_cfg=dict(flatten_sequential=True) if is_model_in_modules(name, ('densenet',)) else {},
         **kwargs,
     )
-    model.awm_base = name
-    return model

@@ -14,8 +14,8 @@ from timm.models import DenseNet, ResNet, is_model, save_for_hf
 from torch import nn
 
 from ..layers import MixingWeights
-from ..models._awm import AwmModel
-from ..models._weights import SAFETENSORS
+from ..models.builder import AwmModel
+from ..models.checkpoint import SAFETENSORS
 from ..utils import new_folder
 from .card import write_card
 

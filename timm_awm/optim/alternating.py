@@ -12,8 +12,8 @@ from timm.optim import create_optimizer_v2, list_optimizers
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..layers import merge_parameters, renew_compiled_guards
-from ..models._awm import classifier_parameters
+from ..layers import merge_parameters
+from ..models.builder import classifier_parameters
 from .schedule import BACKBONE, JOINT, MERGE, PhaseSchedule, check_whole
 
 __all__ = ['Alternating', 'live', 'set_epoch']
@@ -182,7 +182,6 @@ class Alternating(Optimizer):
     def unfreeze(self) -> None:
         """Give back what the optimizer has frozen, for what comes after the training; `set_epoch` freezes again."""
         _thaw(self._frozen)
-        renew_compiled_guards()
 
     def step(self, closure: Optional[Callable[[], float]] = None) -> Optional[float]:  # type: ignore[override]
         if self.epoch is None and not any(

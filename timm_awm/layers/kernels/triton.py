@@ -1,22 +1,23 @@
-"""`passes` for NVIDIA GPUs, in Triton: each reads its maps once and writes its result once, whatever the layout.
+"""The kernels for NVIDIA GPUs, in Triton. Nobody has timed them yet.
 
 Maps are float32, bfloat16 or float16; all arithmetic is in float32. Sums are taken in a fixed order, without atomics:
-they are the same in every run. All are `torch.library.triton_op`s: torch.compile sees through them to the kernels.
+they are the same in every run.
 
 A program computes a block of channels of one image, in tiles of pixels × channels. The strides say which of the two is
 contiguous, and Triton lays the threads out along it. Where there would be too few programs to fill a GPU, several
 share the pixels of an image, and their partial results are combined afterwards.
 """
 from contextlib import nullcontext
-from typing import Any, ContextManager, Dict, Optional, Tuple
+from typing import Any, ContextManager, Dict, List, Optional, Tuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
 
-__all__ = ['moments', 'moments_backward_', 'affine_act', 'affine_act_', 'affine_act_backward']
+from . import sums_like
+
+__all__ = ['moments', 'affine_act', 'affine_act_', 'affine_act_backward', 'add_affine_']
 
 
 @triton.jit
@@ -94,7 +95,7 @@ def _combine_moments_kernel(moments, out, size, pixels, splits, chunk, BLOCK: tl
 
 
 @triton.jit
-def _moments_backward_kernel(
+def _add_affine_kernel(
         grad, x, scale, shift, images, channels, pixels, stride_c, stride_p, splits, chunk,
         BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):
@@ -110,54 +111,44 @@ def _moments_backward_kernel(
 
 @triton.jit
 def _affine_act_kernel(
-        u, v, a, b, c, y, pooled, images, channels, pixels, stride_c, stride_p, splits, chunk,
+        u, v, a, b, c, y, images, channels, pixels, stride_c, stride_p, splits, chunk,
         HAS_V: tl.constexpr, RELU: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):
-    channel, start, end, base, row, result = _program(images, channels, pixels, splits, chunk, BLOCK_C)
+    channel, start, end, base, row, _ = _program(images, channels, pixels, splits, chunk, BLOCK_C)
     a_row = tl.load(a + row, mask=channel < channels, other=0.)[None, :]
     b_row = tl.load(b + row, mask=channel < channels, other=0.)[None, :]
     c_row = tl.load(c + row, mask=channel < channels, other=0.)[None, :]
-    total = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     for first in range(start, end, BLOCK_P):
         offset, mask = _tile(first, end, channel, channels, stride_c, stride_p, BLOCK_P)
         _, _, z = _affine(u + base, v + base, offset, mask, a_row, b_row, c_row, HAS_V)
         if RELU:
             z = tl.where(z <= 0., 0., z)  # NaN stays
         tl.store(y + base + offset, z, mask=mask)
-        total += tl.where(mask, z, 0.)
-    tl.store(pooled + result, tl.sum(total, axis=0) / pixels, mask=channel < channels)
 
 
 @triton.jit
 def _affine_act_backward_kernel(
-        grad, grad_pooled, u, v, a, b, c, grad_u, grad_v, sums,
-        images, channels, pixels, stride_c, stride_p, splits, chunk,
-        HAS_POOLED: tl.constexpr, HAS_V: tl.constexpr, RELU: tl.constexpr,
-        NEED_U: tl.constexpr, NEED_V: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+        grad, u, v, a, b, c, grad_u, grad_v, sums, images, channels, pixels, stride_c, stride_p, splits, chunk,
+        HAS_V: tl.constexpr, RELU: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):
     channel, start, end, base, row, result = _program(images, channels, pixels, splits, chunk, BLOCK_C)
     a_row = tl.load(a + row, mask=channel < channels, other=0.)[None, :]
     b_row = tl.load(b + row, mask=channel < channels, other=0.)[None, :]
     c_row = tl.load(c + row, mask=channel < channels, other=0.)[None, :]
-    every = tl.zeros([1, BLOCK_C], tl.float32)  # what each pixel gets
-    if HAS_POOLED:
-        every = tl.load(grad_pooled + row, mask=channel < channels, other=0.)[None, :] / pixels
     sum_gu = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     sum_gv = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     sum_g = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     for first in range(start, end, BLOCK_P):
         offset, mask = _tile(first, end, channel, channels, stride_c, stride_p, BLOCK_P)
         u_tile, v_tile, z = _affine(u + base, v + base, offset, mask, a_row, b_row, c_row, HAS_V)
-        g = tl.where(mask, every, 0.) + tl.load(grad + base + offset, mask=mask, other=0.).to(tl.float32)
+        g = tl.load(grad + base + offset, mask=mask, other=0.).to(tl.float32)
         if RELU:
             g = tl.where(z <= 0., 0., g)  # NaN passes
-        if NEED_U:
-            tl.store(grad_u + base + offset, a_row * g, mask=mask)
-        if NEED_V:
-            tl.store(grad_v + base + offset, b_row * g, mask=mask)
+        tl.store(grad_u + base + offset, a_row * g, mask=mask)
         sum_gu += g * u_tile
         sum_g += g
         if HAS_V:
+            tl.store(grad_v + base + offset, b_row * g, mask=mask)
             sum_gv += g * v_tile
     plane = splits * images * channels
     tl.store(sums + result, tl.sum(sum_gu, axis=0), mask=channel < channels)
@@ -209,67 +200,50 @@ def _device(x: Tensor) -> ContextManager:
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
-@triton_op('timm_awm::moments', mutates_args=())
 def moments(x: Tensor, with_var: bool) -> Tensor:
     grid, splits, plan = _plan(x)
     partial = x.new_empty((2, splits, *x.shape[:2]), dtype=torch.float32)
     with _device(x):
-        wrap_triton(_moments_kernel)[grid](x, partial, **plan)
+        _moments_kernel[grid](x, partial, **plan)
         if splits == 1:
-            return partial[:, 0]
-        out = torch.empty_like(partial[:, 0])
+            return partial[:1 + with_var, 0].contiguous()
+        out = sums_like(x, 2)
         size, block_s = out[0].numel(), _block(splits, _MAX_SPLITS)
         block = _TILE // block_s
-        wrap_triton(_combine_moments_kernel)[(triton.cdiv(size, block),)](
-            partial, out, size, plan['pixels'], splits, plan['chunk'], BLOCK=block, BLOCK_S=block_s,
-        )
-    return out
+        _combine_moments_kernel[(triton.cdiv(size, block),)](
+            partial, out, size, plan['pixels'], splits, plan['chunk'], BLOCK=block, BLOCK_S=block_s)
+    return out[:1 + with_var].contiguous()
 
 
-@triton_op('timm_awm::moments_backward_', mutates_args={'grad'})
-def moments_backward_(grad: Tensor, x: Tensor, scale: Tensor, shift: Tensor) -> None:
+def affine_act(u: Tensor, v: Optional[Tensor], a: Tensor, b: Optional[Tensor], c: Tensor, relu: bool) -> Tensor:
+    grid, _, plan = _plan(u)
+    y = torch.empty_like(u)
+    with _device(u):
+        _affine_act_kernel[grid](
+            u, u if v is None else v, a, a if b is None else b, c, y, **plan, HAS_V=v is not None, RELU=relu)
+    return y
+
+
+def affine_act_(u: Tensor, a: Tensor, c: Tensor, relu: bool) -> None:
+    grid, _, plan = _plan(u)
+    with _device(u):
+        _affine_act_kernel[grid](u, u, a, a, c, u, **plan, HAS_V=False, RELU=relu)
+
+
+def affine_act_backward(
+        grad: Tensor, u: Tensor, v: Optional[Tensor], a: Tensor, b: Optional[Tensor], c: Tensor, relu: bool,
+) -> List[Tensor]:
+    grid, splits, plan = _plan(u)
+    grads = [torch.empty_like(u) for x in (u, v) if x is not None]
+    partial = a.new_empty((1 + len(grads), splits, *a.shape))
+    with _device(u):
+        _affine_act_backward_kernel[grid](
+            grad, u, u if v is None else v, a, a if b is None else b, c, grads[0], grads[-1], partial, **plan,
+            HAS_V=v is not None, RELU=relu)
+    return [*grads, partial.sum(1)]
+
+
+def add_affine_(grad: Tensor, x: Tensor, scale: Tensor, shift: Tensor) -> None:
     grid, _, plan = _plan(grad)
     with _device(grad):
-        wrap_triton(_moments_backward_kernel)[grid](grad, x, scale, shift, **plan)
-
-
-def _affine_act(u, v, a, b, c, relu, y) -> Tensor:
-    grid, splits, plan = _plan(u)
-    partial = a.new_empty((splits, *a.shape))
-    with _device(u):
-        wrap_triton(_affine_act_kernel)[grid](
-            u, u if v is None else v, a, a if b is None else b, c, y, partial, **plan, HAS_V=v is not None, RELU=relu,
-        )
-    return partial[0] if splits == 1 else partial.sum(0)
-
-
-@triton_op('timm_awm::affine_act', mutates_args=())
-def affine_act(
-        u: Tensor, v: Optional[Tensor], a: Tensor, b: Optional[Tensor], c: Tensor, relu: bool,
-) -> Tuple[Tensor, Tensor]:
-    y = torch.empty_like(u)
-    return y, _affine_act(u, v, a, b, c, relu, y)
-
-
-@triton_op('timm_awm::affine_act_', mutates_args={'u'})
-def affine_act_(u: Tensor, v: Optional[Tensor], a: Tensor, b: Optional[Tensor], c: Tensor, relu: bool) -> Tensor:
-    return _affine_act(u, v, a, b, c, relu, u)
-
-
-@triton_op('timm_awm::affine_act_backward', mutates_args=())
-def affine_act_backward(
-        grad: Tensor, grad_pooled: Optional[Tensor], u: Tensor, v: Optional[Tensor],
-        a: Tensor, b: Optional[Tensor], c: Tensor, relu: bool, need_u: bool, need_v: bool,
-) -> Tuple[Tensor, Tensor, Tensor]:
-    grid, splits, plan = _plan(u)
-    grad_u = torch.empty_like(u) if need_u else u.new_empty(0)
-    grad_v = torch.empty_like(u) if need_v else u.new_empty(0)
-    partial = a.new_empty((2 if v is None else 3, splits, *a.shape))
-    with _device(u):
-        wrap_triton(_affine_act_backward_kernel)[grid](
-            grad, a if grad_pooled is None else grad_pooled, u, u if v is None else v,
-            a, a if b is None else b, c, grad_u, grad_v, partial, **plan,
-            HAS_POOLED=grad_pooled is not None, HAS_V=v is not None, RELU=relu,
-            NEED_U=need_u, NEED_V=need_v,
-        )
-    return grad_u, grad_v, partial[:, 0] if splits == 1 else partial.sum(1)
+        _add_affine_kernel[grid](grad, x, scale, shift, **plan)

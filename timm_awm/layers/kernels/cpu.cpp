@@ -1,4 +1,4 @@
-// The passes over maps that a fused merge makes, for CPUs; passes.py documents them. Compiled when first used.
+// The kernels for CPUs; __init__.py documents them. Compiled when first used.
 //
 // A map is N images of C channels and P pixels, of type T; coefficients and sums are (N, C), of type A. Elements of maps
 // are computed in A and rounded once.
@@ -148,7 +148,7 @@ static void moments(const Shape& s, const T* x, A* mean, A* var) {
 }
 
 template <typename T, typename A>
-static void moments_backward(const Shape& s, T* grad, const T* x, const A* scale, const A* shift) {
+static void add_affine(const Shape& s, T* grad, const T* x, const A* scale, const A* shift) {
     for_rows<2, 1, A>(s, {scale, shift}, {nullptr}, [=](Rows r, const A** in, A**) {
         const A *scale = in[0], *shift = in[1];
         T* grad_ = grad + r.offset;
@@ -165,52 +165,44 @@ template <bool two, typename A>
 static inline A affine(A a, A u, A b, A v, A c) { return two ? a * u + (b * v + c) : a * u + c; }
 
 template <bool two, bool relu, typename T, typename A>
-static void affine_act(const Shape& s, const T* u, const T* v, const A* a, const A* b, const A* c, T* y, A* pooled) {
-    for_rows<3, 1, A>(s, {a, two ? b : a, c}, {pooled}, [=](Rows r, const A** in, A** out) {
+static void affine_act(const Shape& s, const T* u, const T* v, const A* a, const A* b, const A* c, T* y) {
+    for_rows<3, 1, A>(s, {a, two ? b : a, c}, {nullptr}, [=](Rows r, const A** in, A**) {
         const A *a = in[0], *b = in[1], *c = in[2];
         const T *u_ = u + r.offset, *v_ = two ? v + r.offset : u_;
         T* y_ = y + r.offset;
-        A* sum = out[0];
         for (int64_t row = 0; row < r.rows; ++row, u_ += r.stride, v_ += r.stride, y_ += r.stride) {
             #pragma omp simd
             for (int64_t i = 0; i < r.lanes; ++i) {
                 const A t = affine<two>(a[i], A(u_[i]), b[i], A(v_[i]), c[i]);
-                const A z = relu && t <= 0 ? A(0) : t;  // NaN passes, as in torch
-                sum[i] += z;
-                y_[i] = z;
+                y_[i] = relu && t <= 0 ? A(0) : t;  // NaN passes, as in torch
             }
         }
     });
-    for (int64_t i = 0; i < s.N * s.C; ++i) pooled[i] /= s.P;
 }
 
 template <bool two, bool relu, typename T, typename A>
 static void affine_act_backward(
-        const Shape& s, const T* grad, const A* grad_pooled, const T* u, const T* v, const A* a, const A* b, const A* c,
+        const Shape& s, const T* grad, const T* u, const T* v, const A* a, const A* b, const A* c,
         T* grad_u, T* grad_v, A* grad_a, A* grad_b, A* grad_c) {
-    std::vector<A> everywhere(s.N * s.C);  // what the gradient of the mean gives to each pixel
-    if (grad_pooled) for (int64_t i = 0; i < s.N * s.C; ++i) everywhere[i] = grad_pooled[i] / s.P;
-    for_rows<4, 3, A>(
-            s, {a, two ? b : a, c, everywhere.data()}, {grad_a, two ? grad_b : nullptr, grad_c},
-            [=](Rows r, const A** in, A** out) {
-        const A *a = in[0], *b = in[1], *c = in[2], *everywhere = in[3];
+    for_rows<3, 3, A>(
+            s, {a, two ? b : a, c}, {grad_a, two ? grad_b : nullptr, grad_c}, [=](Rows r, const A** in, A** out) {
+        const A *a = in[0], *b = in[1], *c = in[2];
         A *sum_a = out[0], *sum_b = out[1], *sum_c = out[2];
         const T *grad_ = grad + r.offset, *u_ = u + r.offset, *v_ = two ? v + r.offset : u_;
-        T *grad_u_ = grad_u + (grad_u ? r.offset : 0), *grad_v_ = grad_v + (grad_v ? r.offset : 0);
+        T *grad_u_ = grad_u + r.offset, *grad_v_ = two ? grad_v + r.offset : nullptr;
         for (int64_t row = 0; row < r.rows; ++row) {
             #pragma omp simd
             for (int64_t i = 0; i < r.lanes; ++i) {
                 const A t = affine<two>(a[i], A(u_[i]), b[i], A(v_[i]), c[i]);
-                const A g = relu && t <= 0 ? A(0) : A(grad_[i]) + everywhere[i];
+                const A g = relu && t <= 0 ? A(0) : A(grad_[i]);
                 sum_a[i] += g * A(u_[i]);
                 if (two) sum_b[i] += g * A(v_[i]);
                 sum_c[i] += g;
-                if (grad_u) grad_u_[i] = a[i] * g;
-                if (two && grad_v) grad_v_[i] = b[i] * g;
+                grad_u_[i] = a[i] * g;
+                if (two) grad_v_[i] = b[i] * g;
             }
-            grad_ += r.stride, u_ += r.stride, v_ += r.stride;
-            if (grad_u) grad_u_ += r.stride;
-            if (grad_v) grad_v_ += r.stride;
+            grad_ += r.stride, u_ += r.stride, v_ += r.stride, grad_u_ += r.stride;
+            if (two) grad_v_ += r.stride;
         }
     });
 }
@@ -227,17 +219,17 @@ static void affine_act_backward(
         const Shape s{N, C, P, last != 0, threads};                                                                \
         var ? moments<true>(s, x, mean, var) : moments<false>(s, x, mean, var);                                    \
     }                                                                                                              \
-    extern "C" void moments_backward_##name(SHAPE, T* grad, const T* x, const A* scale, const A* shift) {          \
-        moments_backward<T, A>({N, C, P, last != 0, threads}, grad, x, scale, shift);                              \
+    extern "C" void add_affine_##name(SHAPE, T* grad, const T* x, const A* scale, const A* shift) {                \
+        add_affine<T, A>({N, C, P, last != 0, threads}, grad, x, scale, shift);                                    \
     }                                                                                                              \
     extern "C" void affine_act_##name(                                                                             \
-            SHAPE, int relu, const T* u, const T* v, const A* a, const A* b, const A* c, T* y, A* pooled) {        \
-        CALL(affine_act, u, v, a, b, c, y, pooled);                                                                \
+            SHAPE, int relu, const T* u, const T* v, const A* a, const A* b, const A* c, T* y) {                   \
+        CALL(affine_act, u, v, a, b, c, y);                                                                        \
     }                                                                                                              \
     extern "C" void affine_act_backward_##name(                                                                    \
-            SHAPE, int relu, const T* grad, const A* grad_pooled, const T* u, const T* v, const A* a, const A* b,  \
-            const A* c, T* grad_u, T* grad_v, A* grad_a, A* grad_b, A* grad_c) {                                   \
-        CALL(affine_act_backward, grad, grad_pooled, u, v, a, b, c, grad_u, grad_v, grad_a, grad_b, grad_c);       \
+            SHAPE, int relu, const T* grad, const T* u, const T* v, const A* a, const A* b, const A* c,            \
+            T* grad_u, T* grad_v, A* grad_a, A* grad_b, A* grad_c) {                                               \
+        CALL(affine_act_backward, grad, u, v, a, b, c, grad_u, grad_v, grad_a, grad_b, grad_c);                    \
     }
 
 EXPORT(float32, float, float)

@@ -1,0 +1,170 @@
+"""What the AWM models of all families share: how a plain network gets merges, and how models are created."""
+import weakref
+from typing import Any, Callable, Dict, List, Mapping, Optional, Type
+
+from safetensors import SafetensorError
+from timm.models import build_model_with_cfg, register_model, register_notrace_module
+from torch import nn
+
+from ..layers import ConcatMerge, SumMerge
+from .checkpoint import SAFETENSORS, checkpoint_filter, checkpoint_problem
+
+__all__ = [
+    'AWM_BLOCKS', 'AWM_CLASSES', 'CIFAR10_CFG', 'AwmModel', 'add_merges', 'classifier_parameters', 'create_awm_model',
+    'refuse_stem_arguments', 'register_awm_model']
+
+# timm's plain classes -> ours with merges. Each family adds its own.
+AWM_BLOCKS: Dict[Type[nn.Module], Type[nn.Module]] = {}
+AWM_CLASSES: Dict[Type[nn.Module], Type[nn.Module]] = {}
+
+# CIFAR-10: mean and standard deviation of its training set; evaluated as it is, without a crop
+CIFAR10_CFG: Dict[str, Any] = dict(
+    num_classes=10,
+    input_size=(3, 32, 32),
+    pool_size=(8, 8),
+    crop_pct=1.0,
+    mean=(0.4914, 0.4822, 0.4465),
+    std=(0.2470, 0.2435, 0.2616),
+    license='apache-2.0',
+)
+
+# timm's feature extractors leave them whole, so that optimizer and `record_mixing_weights` still find them
+register_notrace_module(SumMerge)
+register_notrace_module(ConcatMerge)
+
+# An optimizer is handed parameters, never the model: this is how it can tell which of them are a classifier's.
+_live: 'weakref.WeakSet[AwmModel]' = weakref.WeakSet()
+
+
+class AwmModel(nn.Module):
+    """Mixin that makes one of timm's model classes a class with merges.
+
+    Args:
+        awm_hidden: Width e of the merges' hidden layers; that of the paper and its authors if not given.
+        **kwargs: As for timm's class.
+    """
+
+    def __init__(self, *args: Any, awm_hidden: Optional[int] = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        _insert_merges(self, awm_hidden)
+        _live.add(self)
+
+    def __setstate__(self, state: Dict[str, Any]) -> None:
+        super().__setstate__(state)
+        _live.add(self)  # copied or unpickled
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As `torch.nn.Module.load_state_dict`.
+
+        Raises:
+            RuntimeError: The checkpoint does not fit; says what it is and what to do.
+        """
+        try:
+            return super().load_state_dict(state_dict, strict=strict, assign=assign)
+        except RuntimeError as error:
+            raise RuntimeError(checkpoint_problem(self, state_dict) or str(error)) from error
+
+
+def _insert_merges(model: nn.Module, hidden_features: Optional[int]) -> None:
+    """Blocks change class and keep all else: parameters and their names, hooks, mode. The network has drawn its random
+    numbers before its merges do, and so the same ones as the plain network."""
+    hidden = {} if hidden_features is None else dict(hidden_features=hidden_features)
+    for block in list(model.modules()):
+        if type(block) in AWM_BLOCKS:
+            awm_class: Any = AWM_BLOCKS[type(block)]
+            merges = awm_class.make_merges(block, **hidden)  # before anything is changed
+            block.__class__ = awm_class
+            for owner, merge in merges:
+                owner.add_module('merge', merge.train(block.training))
+
+
+def add_merges(model: nn.Module, awm_hidden: Optional[int] = None) -> nn.Module:
+    """Gives a plain network merges, in place, and returns it.
+
+    Args:
+        model: Of a class in AWM_CLASSES.
+        awm_hidden: Width e of the merges' hidden layers; that of the paper and its authors if not given.
+    """
+    _insert_merges(model, awm_hidden)
+    model.__class__ = AWM_CLASSES[type(model)]
+    _live.add(model)  # type: ignore[arg-type]
+    return model
+
+
+def classifier_parameters() -> List[nn.Parameter]:
+    """The parameters of the classifiers of all AWM models that are alive in this process."""
+    return [p for model in list(_live) for p in model.get_classifier().parameters()]  # type: ignore[operator]
+
+
+def create_awm_model(
+        variant: str,
+        plain: Callable[..., nn.Module],
+        pretrained: bool = False,
+        awm: bool = True,
+        awm_hidden: Optional[int] = None,
+        pretrained_cfg: Any = None,
+        pretrained_cfg_overlay: Optional[Mapping[str, Any]] = None,
+        feature_cfg: Optional[Mapping[str, Any]] = None,
+        **kwargs: Any,
+) -> nn.Module:
+    """Builds an AWM model or its plain control.
+
+    Args:
+        variant: Name of the AWM model.
+        plain: Builds the plain network.
+        pretrained: Load pretrained weights.
+        awm: False builds the plain control.
+        awm_hidden: Width e of the merges' hidden layers; that of the paper and its authors if not given.
+        pretrained_cfg: As for `timm.models.build_model_with_cfg`, like all further arguments.
+
+    Raises:
+        ValueError: `awm` is neither True nor False.
+        RuntimeError: The weights are damaged or do not fit.
+    """
+    if not isinstance(awm, bool):  # a text that looks like no would build the network with merges
+        raise ValueError(f'awm is either True or False, got {awm!r}; on the command line: --model-kwargs awm=False')
+    overlay = dict(pretrained_cfg_overlay or {})
+    if isinstance(pretrained_cfg, dict) and pretrained_cfg.get('source') == 'hf-hub':
+        overlay.setdefault('hf_hub_filename', SAFETENSORS)  # else timm takes pickled weights where it finds no others
+    try:
+        return build_model_with_cfg(
+            (lambda **plain_kwargs: add_merges(plain(**plain_kwargs), awm_hidden)) if awm else plain,
+            variant,
+            pretrained,
+            pretrained_cfg=pretrained_cfg,
+            pretrained_cfg_overlay=overlay,
+            pretrained_filter_fn=checkpoint_filter,
+            feature_cfg=dict(feature_cfg or {}),  # timm changes it
+            **kwargs,
+        )
+    except SafetensorError as error:
+        raise RuntimeError(f'The weights are no whole safetensors file ({error}): get them again.') from error
+
+
+def register_awm_model(module: Dict[str, Any], name: str, plain: Callable[..., nn.Module], **defaults: Any) -> None:
+    """Makes an entry point of this name in the module whose globals are given, and registers it with timm.
+
+    Args:
+        module: globals() of the file.
+        name: Of the AWM model.
+        plain: Builds the plain network.
+        **defaults: Arguments of `create_awm_model` that callers may override.
+    """
+    def entrypoint(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        return create_awm_model(name, plain, pretrained, **dict(defaults, **kwargs))
+
+    entrypoint.__name__ = entrypoint.__qualname__ = name
+    entrypoint.__module__ = module['__name__']
+    entrypoint.__doc__ = f'{name.removeprefix("awm_")} with AWM merges.'
+    module[name] = register_model(entrypoint)
+
+
+def refuse_stem_arguments(kwargs: Mapping[str, Any], *names: str) -> None:
+    """For the 32x32 networks, which have a stem and widths of their own.
+
+    Raises:
+        TypeError: One of the names is among the arguments.
+    """
+    for name in names:
+        if name in kwargs:
+            raise TypeError(f'{name} is not an argument of the 32x32 networks, whose stem and widths are given.')
