@@ -4,7 +4,7 @@ import json
 import pytest
 import timm
 import torch
-from timm.layers import BatchNormAct2d
+from networks import images, merges, trained, vary_norms
 from timm.models import BasicBlock, ResNet
 from timm.models.densenet import DenseBlock
 from timm.optim import create_optimizer_v2
@@ -30,43 +30,19 @@ def exact(unfused):
     """Fused merges round."""
 
 
-def randomised(model):
-    """Statistics and scales of batch norm away from where they start, so that no path is zero."""
-    torch.manual_seed(2)
-    for m in model.modules():
-        if isinstance(m, (nn.BatchNorm2d, BatchNormAct2d)):
-            nn.init.uniform_(m.weight, 0.5, 1.5)
-            nn.init.normal_(m.running_mean, std=0.1)
-            nn.init.uniform_(m.running_var, 0.5, 1.5)
-    return model
-
-
-def trained(model):
-    """With its merges away from the identity."""
-    torch.manual_seed(3)
-    for m in model.modules():
-        if isinstance(m, MixingWeights):
-            nn.init.normal_(m.weight2)
-    return model
-
-
-def images(*shape):
-    return torch.randn(*(shape or (2, 3, 64, 64)), generator=torch.Generator().manual_seed(1))
-
-
 @pytest.mark.parametrize('name', KINDS)
 def test_same_function_and_names(name):
     torch.manual_seed(0)
-    model = randomised(timm.create_model(name)).eval()
-    expected = model(images())
+    model = vary_norms(timm.create_model(name)).eval()
+    expected = model(images(2, 64))
     names, parameters = list(model.state_dict()), list(model.parameters())
     converted = convert(model)
     assert converted is model
-    assert torch.equal(model(images()), expected)
+    assert torch.equal(model(images(2, 64)), expected)
     assert [k for k in model.state_dict() if '.merge.' not in k] == names
     kept = {id(p) for p in model.parameters()}
     assert all(id(p) in kept for p in parameters)
-    assert not torch.equal(trained(model)(images()), expected)
+    assert not torch.equal(trained(model)(images(2, 64)), expected)
 
 
 def test_every_network_of_the_two_classes_or_why_not(capsys):
@@ -83,10 +59,8 @@ def test_every_network_of_the_two_classes_or_why_not(capsys):
             refused[name] = str(error)
             assert list(model.state_dict()) == before and type(model) is ResNet
             continue
-        merges = [m for m in model.modules() if isinstance(m, MixingWeights)]
-        sums = sum(m.__class__.__name__ in ('AwmBasicBlock', 'AwmBottleneck') for m in model.modules())
-        layers = sum(m.__class__.__name__ == 'AwmDenseLayer' for m in model.modules())
-        assert len(merges) == sums + layers > 0  # a dense block has one at its end, none in its first layer
+        places = [type(m).__name__ for m in model.modules() if type(m).__name__.startswith('Awm')][1:]
+        assert len(merges(model)) == len(places) > 0  # a dense block has one at its end, none in its first layer
         assert [k for k in model.state_dict() if '.merge.' not in k] == before
     with capsys.disabled():
         print(f' {len(names) - len(refused)} of {len(names)} converted', end='')
@@ -101,7 +75,7 @@ def test_as_it_stands_in_training(name):
     """Train mode, drop path, double precision, channels-last, frozen parts, hooks, an optimizer that knows it."""
     torch.manual_seed(0)
     model = timm.create_model(name, num_classes=7, **(dict(drop_path_rate=0.5) if name == 'seresnet50' else {}))
-    model = randomised(model).double().to(memory_format=torch.channels_last)
+    model = vary_norms(model).double().to(memory_format=torch.channels_last)
     model.get_classifier().requires_grad_(False)
     plain = copy.deepcopy(model)
     calls = []
@@ -110,7 +84,7 @@ def test_as_it_stands_in_training(name):
     convert(model)
     assert all(m.training for m in model.modules())
     assert {p.dtype for p in model.parameters()} == {torch.float64}
-    x = images().double()
+    x = images(2, 64).double()
     torch.manual_seed(5)
     expected = plain(x)
     expected.square().mean().backward()
@@ -163,32 +137,35 @@ class OwnBlock(DenseBlock):
 
 
 def test_failure_leaves_the_model_as_it_was():
-    resnet, densenet = timm.create_model('resnet10t'), timm.create_model('densenet121')
-    for model in (resnet, densenet):
+    for model in (timm.create_model('resnet10t'), timm.create_model('densenet121')):
         before, kinds = list(model.state_dict()), [type(m) for m in model.modules()]
         with pytest.raises(ValueError, match='positive whole width, got 0'):
             convert(model, awm_hidden=0)
         assert list(model.state_dict()) == before and [type(m) for m in model.modules()] == kinds
-    resnet.layer4[0].conv2 = nn.Identity()  # such as what wraps a convolution
-    with pytest.raises(AttributeError):
-        convert(resnet)
-    assert type(resnet.layer1[0]) is BasicBlock
+    densenet = timm.create_model('densenet121')
     densenet.features.denseblock2.__class__ = OwnBlock
     with pytest.raises(TypeError, match='made of OwnBlock'):
         convert(densenet)
     assert type(densenet.features.denseblock1) is DenseBlock
 
 
-def test_smallest_image_of_a_pruned_model():
+def test_images_smaller_than_the_stride_pass_as_in_timm():
+    for name, size in (('resnet18', 8), ('densenet121', 30), ('awm_resnet14_cifar', 2)):
+        plain = timm.create_model(name, **({'awm': False} if 'awm' in name else {})).eval()
+        x = images(1, size)
+        expected = plain(x)
+        assert torch.equal(convert(plain)(x), expected)
+
+
+def test_pruned_models():
     model = timm.create_model('resnet18')
     model.prune_intermediate_layers([2])
-    convert(model).eval()
-    assert model.forward_features(images(1, 3, 8, 8)).shape == (1, 128, 1, 1)
-    assert model.total_stride == 8
-    assert convert(timm.create_model('densenet121')).total_stride == 32
+    x = images(1, 32)
+    expected = model.eval().forward_features(x)
+    assert torch.equal(convert(model).forward_features(x), expected)
 
 
-# what timm keeps no record of before 1.0.31 and of which a configuration must be told
+# those of which a configuration must be told
 ARGUMENTS = {
     'seresnet50': {}, 'densenetblur121d': {}, 'resnet18': {}, 'ecaresnet26t': dict(awm_hidden=5),
     'resnet10t': dict(in_chans=1, num_classes=3, global_pool='catavgmax'), 'resnet18d': dict(in_chans=5),
@@ -200,12 +177,12 @@ def test_export_builds_it_again(name, tmp_path):
     args = dict(ARGUMENTS[name])
     hidden = args.pop('awm_hidden', None)
     torch.manual_seed(0)
-    model = trained(convert(randomised(timm.create_model(name, **args)), hidden)).eval()
+    model = trained(convert(vary_norms(timm.create_model(name, **args)), hidden)).eval()
     model = model.to(memory_format=torch.channels_last)
     save_for_hub(model, tmp_path / 'out')
     again = load_folder(tmp_path / 'out').eval()
     assert type(again) is type(model)
-    x = images(2, args.get('in_chans', 3), 64, 64)
+    x = images(2, 64, args.get('in_chans', 3))
     assert torch.equal(again(x), model.to(memory_format=torch.contiguous_format)(x))
     config = json.loads((tmp_path / 'out' / 'config.json').read_text())
     assert config['architecture'] == (f'awm_{name}' if name.startswith('resnet18') else 'awm_converted')
@@ -215,28 +192,18 @@ def test_export_builds_it_again(name, tmp_path):
     assert 'import timm_awm' in (tmp_path / 'out' / 'README.md').read_text()
 
 
-@pytest.mark.parametrize('args, missing', [
-    (dict(output_stride=16), 'output_stride'),
-    (dict(block_args=dict(attn_layer='se')), 'attn_layer'),
-    (dict(avg_down=True), 'avg_down'),
-    (dict(stem_type='deep'), 'stem_type'),
-    (dict(act_layer='silu'), 'act_layer'),
-    (dict(block_reduce_first=2), 'block_reduce_first'),
-])
-def test_export_names_the_missing_argument(args, missing, tmp_path):
-    model = randomised(timm.create_model('resnet18', **args))
-    model._model_args = {}  # as before timm 1.0.31
-    model = trained(convert(model))
-    with pytest.raises(ValueError, match=f'Missing in model_args is probably .*{missing}'):
-        save_for_hub(model, tmp_path / 'out')
-    assert not list(tmp_path.iterdir())
-    save_for_hub(model, tmp_path / 'out', model_args=args)
-    assert torch.equal(load_folder(tmp_path / 'out').eval()(images()), model.eval()(images()))
+@pytest.mark.parametrize('args', [
+    dict(output_stride=16), dict(block_args=dict(attn_layer='se')), dict(avg_down=True, stem_type='deep'),
+    dict(act_layer='silu', block_reduce_first=2)], ids=str)
+def test_export_keeps_the_arguments(args, tmp_path):
+    model = trained(convert(vary_norms(timm.create_model('resnet18', **args))))
+    save_for_hub(model, tmp_path / 'out')
+    assert torch.equal(load_folder(tmp_path / 'out').eval()(images(2, 64)), model.eval()(images(2, 64)))
 
 
 @pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16])
 def test_export_of_other_dtypes(dtype, tmp_path):
-    model = trained(convert(randomised(timm.create_model('resnet10t')))).to(dtype)
+    model = trained(convert(vary_norms(timm.create_model('resnet10t')))).to(dtype)
     save_for_hub(model, tmp_path / 'out')
     again = load_folder(tmp_path / 'out').state_dict()
     assert all(torch.equal(v.to(again[k].dtype), again[k]) for k, v in model.state_dict().items())
@@ -268,15 +235,15 @@ def test_awm_converted_is_its_base_with_merges():
     model = timm.create_model('awm_converted', base='seresnet50.ra2_in1k', num_classes=5)
     torch.manual_seed(0)
     expected = convert(timm.create_model('seresnet50', num_classes=5))
-    assert model.eval()(images()).shape == (2, 5)
+    assert model.eval()(images(2, 64)).shape == (2, 5)
     assert model.state_dict().keys() == expected.state_dict().keys()
     assert model.pretrained_cfg['hf_hub_id'] == 'timm/seresnet50.ra2_in1k'
     assert model.pretrained_cfg['tag'] == 'ra2_in1k_identity'
     plain = timm.create_model('awm_converted', base='seresnet50', awm=False)
     assert type(plain) is ResNet
     for base in ('densenetblur121d', 'seresnet50'):
-        features = timm.create_model('awm_converted', base=base, features_only=True).eval()(images())
-        plain_features = timm.create_model(base, features_only=True).eval()(images())
+        features = timm.create_model('awm_converted', base=base, features_only=True).eval()(images(2, 64))
+        plain_features = timm.create_model(base, features_only=True).eval()(images(2, 64))
         assert [f.shape for f in features] == [f.shape for f in plain_features]
     for base in ('awm_resnet50', 'no_such_model'):
         with pytest.raises(ValueError, match=f"plain ResNet or DenseNet of timm, not '{base}'"):

@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from .. import __version__
-from ..models._weights import SAFETENSORS
+from ..models.checkpoint import SAFETENSORS
 from ..utils import new_folder
 from .folder import load_folder
 

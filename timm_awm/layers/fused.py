@@ -161,21 +161,23 @@ class _Moments(Function):
     added in place: that gradient is a new tensor of `_AffineAct`, and nobody else holds it."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, with_var: bool) -> Tuple[Tensor, Tensor, Optional[Tensor]]:
+    def forward(ctx: Any, x: Tensor, with_var: bool) -> Tuple[Tensor, ...]:
         mean, var = kernels.moments(x, with_var)
         ctx.flag = with_var
         ctx.save_for_backward(x, mean)
-        return x.view_as(x), mean, var
+        return (x.view_as(x), mean) if var is None else (x.view_as(x), mean, var)
 
     @staticmethod
     @_twice_differentiable(_plain_moments)
-    def backward(ctx: Any, grad: Tensor, grad_mean: Tensor, grad_var: Tensor) -> Tuple[Optional[Tensor], None]:
+    def backward(
+            ctx: Any, grad: Tensor, grad_mean: Tensor, grad_var: Optional[Tensor] = None,
+    ) -> Tuple[Optional[Tensor], None]:
         if not ctx.needs_input_grad[0]:
             return None, None
         x, mean = ctx.saved_tensors
         pixels = x.shape[2] * x.shape[3]
         shift = grad_mean / pixels
-        scale = grad_var * (2 / pixels) if ctx.flag else torch.zeros_like(shift)
+        scale = torch.zeros_like(shift) if grad_var is None else grad_var * (2 / pixels)
         kernels.add_affine_(grad, x, scale, torch.addcmul(shift, scale, mean, value=-1))
         return grad, None
 
@@ -206,7 +208,8 @@ class _AffineAct(Function):
 def moments(x: Tensor, with_var: bool) -> Tuple[Tensor, Tensor, Optional[Tensor]]:
     """The map, to be given to `affine_act` and to nobody else; mean and biased variance over the pixels of each
     image's channels, (batch, channels), the latter None if it is not asked for."""
-    return _Moments.apply(x, with_var)
+    x, mean, *var = _Moments.apply(x, with_var)
+    return x, mean, var[0] if var else None
 
 
 def affine_act(

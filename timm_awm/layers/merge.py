@@ -190,8 +190,8 @@ class ConcatMerge(nn.Module):
             if fused is not None:
                 return fused
         scales = self.mix(torch.cat([channel_mean(x) for x in maps], dim=1))
-        weights = scales.view(-1, len(maps), 1, 1, 1).unbind(1)
-        return torch.cat([(w * x).to(x.dtype) for w, x in zip(weights, maps)], dim=1)
+        weights = scales[:, :, None, None, None]
+        return torch.cat([(weights[:, i] * x).to(x.dtype) for i, x in enumerate(maps)], dim=1)
 
 
 def fused_sum(

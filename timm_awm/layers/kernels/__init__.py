@@ -77,7 +77,7 @@ def affine_act_backward(
     Returns:
         The five, each in shape and dtype like what it is the gradient of; None for v and b if there are none.
     """
-    u, v, grad = _uniform(u, v, grad)
+    u, v = _uniform(u, v)
     *grads, sums = torch.ops.timm_awm.affine_act_backward(grad, u, v, *_dense(a, b, c), relu)
     if v is None:
         return grads[0], None, sums[0], None, sums[1]
@@ -88,12 +88,12 @@ def add_affine_(grad: Tensor, x: Tensor, scale: Tensor, shift: Tensor) -> None:
     """grad += scale · x + shift.
 
     Args:
-        grad: (batch, channels, height, width), contiguous or channels-last.
+        grad: (batch, channels, height, width).
         x: In shape and dtype like grad.
         scale: (batch, channels).
         shift: Likewise.
     """
-    _, x = _uniform(grad, x)
+    x, = _uniform(x)
     torch.ops.timm_awm.add_affine_(grad, x, *_dense(scale, shift))
 
 
@@ -102,14 +102,18 @@ def sums_like(x: Tensor, n: int) -> Tensor:
     return x.new_empty((n, *x.shape[:2]), dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
 
 
+def in_format_of(first: Tensor, x: Tensor) -> Tensor:
+    """x in the memory format of the first map, channels-last if that is neither. Of gradients torch.compile does not
+    know it, so that the implementations of the operators see to it."""
+    return x.contiguous(memory_format=torch.contiguous_format if first.is_contiguous() else torch.channels_last)
+
+
 def _uniform(first: Tensor, *others: Optional[Tensor]) -> Tuple[Any, ...]:
-    """All maps in the memory format of the first, channels-last if that is neither."""
-    memory_format = torch.contiguous_format if first.is_contiguous() else torch.channels_last
-    return tuple(x if x is None else x.contiguous(memory_format=memory_format) for x in (first, *others))
+    return tuple([x if x is None else in_format_of(first, x) for x in (first, *others)])
 
 
 def _dense(*coefficients: Optional[Tensor]) -> Tuple[Any, ...]:
-    return tuple(x if x is None else x.contiguous() for x in coefficients)
+    return tuple([x if x is None else x.contiguous() for x in coefficients])
 
 
 def _fake_backward(

@@ -12,7 +12,7 @@ from typing import Any, List, Optional
 import torch
 from torch import Tensor
 
-from . import sums_like
+from . import in_format_of, sums_like
 
 __all__ = ['is_available', 'moments', 'affine_act', 'affine_act_', 'affine_act_backward', 'add_affine_']
 
@@ -71,9 +71,13 @@ def affine_act_backward(
     grads = [torch.empty_like(u) for x in (u, v) if x is not None]
     sums = sums_like(u, 1 + len(grads))
     grad_v, sum_v = (None, None) if v is None else (grads[1], sums[2])
+    grad = in_format_of(u, grad)
     _call('affine_act_backward', u, int(relu), grad, u, v, a, b, c, grads[0], grad_v, sums[0], sum_v, sums[1])
     return [*grads, sums]
 
 
 def add_affine_(grad: Tensor, x: Tensor, scale: Tensor, shift: Tensor) -> None:
-    _call('add_affine', x, grad, x, scale, shift)
+    result = in_format_of(x, grad)
+    _call('add_affine', x, result, x, scale, shift)
+    if result is not grad:
+        grad.copy_(result)

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import sums_like
+from . import in_format_of, sums_like
 
 __all__ = ['moments', 'affine_act', 'affine_act_', 'affine_act_backward', 'add_affine_']
 
@@ -99,7 +99,7 @@ def _add_affine_kernel(
         grad, x, scale, shift, images, channels, pixels, stride_c, stride_p, splits, chunk,
         BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):
-    channel, start, end, base, row, _ = _program(images, channels, pixels, splits, chunk, BLOCK_C)
+    channel, start, end, base, row, result = _program(images, channels, pixels, splits, chunk, BLOCK_C)
     scale_row = tl.load(scale + row, mask=channel < channels, other=0.)[None, :]
     shift_row = tl.load(shift + row, mask=channel < channels, other=0.)[None, :]
     for first in range(start, end, BLOCK_P):
@@ -114,7 +114,7 @@ def _affine_act_kernel(
         u, v, a, b, c, y, images, channels, pixels, stride_c, stride_p, splits, chunk,
         HAS_V: tl.constexpr, RELU: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):
-    channel, start, end, base, row, _ = _program(images, channels, pixels, splits, chunk, BLOCK_C)
+    channel, start, end, base, row, result = _program(images, channels, pixels, splits, chunk, BLOCK_C)
     a_row = tl.load(a + row, mask=channel < channels, other=0.)[None, :]
     b_row = tl.load(b + row, mask=channel < channels, other=0.)[None, :]
     c_row = tl.load(c + row, mask=channel < channels, other=0.)[None, :]
@@ -238,12 +238,15 @@ def affine_act_backward(
     partial = a.new_empty((1 + len(grads), splits, *a.shape))
     with _device(u):
         _affine_act_backward_kernel[grid](
-            grad, u, u if v is None else v, a, a if b is None else b, c, grads[0], grads[-1], partial, **plan,
+            in_format_of(u, grad), u, u if v is None else v, a, a if b is None else b, c, grads[0], grads[-1], partial, **plan,
             HAS_V=v is not None, RELU=relu)
     return [*grads, partial.sum(1)]
 
 
 def add_affine_(grad: Tensor, x: Tensor, scale: Tensor, shift: Tensor) -> None:
-    grid, _, plan = _plan(grad)
-    with _device(grad):
-        _add_affine_kernel[grid](grad, x, scale, shift, **plan)
+    grid, _, plan = _plan(x)
+    result = in_format_of(x, grad)
+    with _device(x):
+        _add_affine_kernel[grid](result, x, scale, shift, **plan)
+    if result is not grad:
+        grad.copy_(result)
