@@ -6,7 +6,7 @@ rest is ordinary arithmetic on (batch, channels) tensors. docs/method.md derives
 """
 import functools
 import os
-from typing import Any, Callable, Iterable, Optional, Sequence, Tuple
+from typing import Any, Callable, Iterable, List, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -71,7 +71,7 @@ def can_fuse(maps: Sequence[Tensor], skipped: Iterable[Tuple[Optional[nn.Module]
     return all(_is_plain(module, cls, first) for module, cls in skipped if module is not None)
 
 
-def _is_plain(module: nn.Module, cls: type, x: Tensor) -> bool:
+def _is_plain(module: Any, cls: Any, x: Tensor) -> bool:
     if (
             type(module) is not cls
             or module._forward_hooks or module._forward_pre_hooks
@@ -137,9 +137,9 @@ def _twice_differentiable(plain: Callable[..., Tuple[Tensor, ...]]) -> Callable[
                 return backward(ctx, *grads)
             needed = ctx.needs_input_grad[:-1]
             # aliases, for one input may be computed from another
-            inputs = [x if x is None else x.view_as(x) for x in ctx.saved_tensors[:len(needed)]]
+            inputs: List[Any] = [x if x is None else x.view_as(x) for x in ctx.saved_tensors[:len(needed)]]
             outputs = plain(*inputs, ctx.flag)
-            results = iter(torch.autograd.grad(
+            results: Any = iter(torch.autograd.grad(
                 outputs, [x for x, need in zip(inputs, needed) if need], grads[:len(outputs)], create_graph=True,
                 allow_unused=True))
             return *(next(results) if need else None for need in needed), None
@@ -202,7 +202,8 @@ class _AffineAct(Function):
     @staticmethod
     @_twice_differentiable(_plain_affine_act)
     def backward(ctx: Any, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
-        return *kernels.affine_act_backward(grad, *ctx.saved_tensors, ctx.flag), None
+        u, v, a, b, c = ctx.saved_tensors
+        return *kernels.affine_act_backward(grad, u, v, a, b, c, ctx.flag), None
 
 
 def moments(x: Tensor, with_var: bool) -> Tuple[Tensor, Tensor, Optional[Tensor]]:

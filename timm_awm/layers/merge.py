@@ -96,7 +96,9 @@ class MixingWeights(nn.Module):
         hidden_features: Width e of the hidden layer.
     """
 
-    def __init__(self, num_features: int, num_paths: int, hidden_features: int, device=None, dtype=None) -> None:
+    def __init__(
+            self, num_features: int, num_paths: int, hidden_features: int, device: Any = None, dtype: Any = None,
+    ) -> None:
         super().__init__()
         if num_paths < 2:
             raise ValueError(f'A merge weighs at least two paths, got {num_paths}.')
@@ -136,7 +138,7 @@ class SumMerge(nn.Module):
         hidden_features: Width e of the hidden layer, 16 in the paper's ResNets.
     """
 
-    def __init__(self, channels: int, hidden_features: int = 16, device=None, dtype=None) -> None:
+    def __init__(self, channels: int, hidden_features: int = 16, device: Any = None, dtype: Any = None) -> None:
         super().__init__()
         self.mix = MixingWeights(2 * channels, 2, hidden_features, device=device, dtype=dtype)
 
@@ -167,7 +169,8 @@ class ConcatMerge(nn.Module):
         hidden_features: Width e of the hidden layer, 24 in the authors' DenseNets (docs/method.md).
     """
 
-    def __init__(self, channels: Sequence[int], hidden_features: int = 24, device=None, dtype=None) -> None:
+    def __init__(
+            self, channels: Sequence[int], hidden_features: int = 24, device: Any = None, dtype: Any = None) -> None:
         super().__init__()
         self.mix = MixingWeights(sum(channels), len(channels), hidden_features, device=device, dtype=dtype)
         self.num_paths = len(channels)

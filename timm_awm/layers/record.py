@@ -1,6 +1,6 @@
 """Reading λ out of a model."""
 from contextlib import contextmanager
-from typing import Dict, Iterator
+from typing import Any, Callable, Dict, Iterator
 
 import torch
 from timm.utils import unwrap_model
@@ -45,8 +45,8 @@ def record_mixing_weights(model: nn.Module) -> Iterator[Dict[str, Tensor]]:
             'create an awm_* model, not scripted, not exported, and without awm=False.')
     lambdas: Dict[str, Tensor] = {}
 
-    def keep(name: str):
-        def hook(module: MixingWeights, args, scales: Tensor) -> None:
+    def keep(name: str) -> Callable[..., None]:
+        def hook(module: MixingWeights, args: Any, scales: Tensor) -> None:
             lambdas[name] = scales / module.num_paths
         return hook
 

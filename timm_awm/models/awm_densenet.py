@@ -85,7 +85,8 @@ class CifarDenseNet(DenseNet):
         **kwargs: As for `timm.models.DenseNet`, but those of the stem.
     """
 
-    def __init__(self, *args, in_chans: int = 3, device=None, dtype=None, **kwargs) -> None:
+    def __init__(
+            self, *args: Any, in_chans: int = 3, device: Any = None, dtype: Any = None, **kwargs: Any) -> None:
         refuse_stem_arguments(kwargs, 'stem_type')
         # timm's stem is made for large images: build with it, four times too coarse, then correct
         super().__init__(*args, in_chans=in_chans, device=device, dtype=dtype, **kwargs)

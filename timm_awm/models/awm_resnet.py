@@ -114,7 +114,15 @@ class CifarResNet(ResNet):
         **kwargs: As for `timm.models.ResNet`, but those of the stem.
     """
 
-    def __init__(self, *args, in_chans: int = 3, output_stride: int = 4, device=None, dtype=None, **kwargs) -> None:
+    def __init__(
+            self,
+            *args: Any,
+            in_chans: int = 3,
+            output_stride: int = 4,
+            device: Any = None,
+            dtype: Any = None,
+            **kwargs: Any,
+    ) -> None:
         refuse_stem_arguments(kwargs, 'stem_type', 'stem_width', 'replace_stem_pool', 'channels')
         if output_stride not in (2, 4):
             raise ValueError(f'A CIFAR ResNet has an output stride of 2 or 4, not {output_stride}.')

@@ -8,7 +8,7 @@ Each kernel is an operator of `torch.library`, with an implementation in C++ (`c
 """
 import importlib
 from importlib.util import find_spec
-from typing import Any, List, Optional, Tuple
+from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import torch
 from torch import Tensor
@@ -112,6 +112,7 @@ def _uniform(first: Tensor, *others: Optional[Tensor]) -> Tuple[Any, ...]:
     return tuple([x if x is None else in_format_of(first, x) for x in (first, *others)])
 
 
+# torch.compile stumbles over generators here
 def _dense(*coefficients: Optional[Tensor]) -> Tuple[Any, ...]:
     return tuple([x if x is None else x.contiguous() for x in coefficients])
 
@@ -123,7 +124,7 @@ def _fake_backward(
     return [*(torch.empty_like(x) for x in maps), sums_like(u, 1 + len(maps))]
 
 
-_FAKES = dict(
+_FAKES: Dict[str, Callable[..., Any]] = dict(
     moments=lambda x, with_var: sums_like(x, 1 + with_var),
     affine_act=lambda u, v, a, b, c, relu: torch.empty_like(u),
     affine_act_=lambda u, a, c, relu: None,

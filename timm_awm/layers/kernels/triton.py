@@ -238,8 +238,8 @@ def affine_act_backward(
     partial = a.new_empty((1 + len(grads), splits, *a.shape))
     with _device(u):
         _affine_act_backward_kernel[grid](
-            in_format_of(u, grad), u, u if v is None else v, a, a if b is None else b, c, grads[0], grads[-1], partial, **plan,
-            HAS_V=v is not None, RELU=relu)
+            in_format_of(u, grad), u, u if v is None else v, a, a if b is None else b, c, grads[0], grads[-1], partial,
+            **plan, HAS_V=v is not None, RELU=relu)
     return [*grads, partial.sum(1)]
 
 
