@@ -1,13 +1,12 @@
 """Active weighted mapping (AWM) for timm.
 
-Importing this package registers the `awm_*` models, the `alternating` optimizer and the crop mode `pad4` with timm.
+Importing this package registers the `awm_*` models and the `alternating` optimizer with timm. It changes nothing else
+in timm, except inside timm's own train.py.
 """
-from importlib.metadata import version as _version
-
-from . import layers, models, optim, patches
+from . import layers, models, optim, train_script
 from .convert import convert
 from .layers import record_mixing_weights, set_fused_merge
 
-__version__ = _version('timm-awm')
+__version__ = '0.1.0'
 
-patches.install()
+train_script.install()

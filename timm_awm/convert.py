@@ -44,19 +44,23 @@ def convert(model: nn.Module, awm_hidden: Optional[int] = None) -> nn.Module:
         raise TypeError(f'{problem} timm_awm.convert takes ResNets and DenseNets of timm: the network itself, before '
                         'it is wrapped, compiled or scripted.')
     add_merges(model, awm_hidden)
+    args = {k: v for k, v in getattr(model, '_model_args', {}).items() if k != 'awm'}  # timm's record of them
+    if awm_hidden is not None:
+        args['awm_hidden'] = awm_hidden
     cfg: Dict[str, Any] = getattr(model, 'pretrained_cfg', {})
     if cfg:
-        base = getattr(model, '_model_args', {}).get('base', cfg['architecture'].removeprefix('awm_'))
+        base = args.get('base', cfg['architecture'].removeprefix('awm_'))
         architecture = f'awm_{base}'
         if not is_model(architecture):
             architecture = GENERIC
-            model._model_args = {**getattr(model, '_model_args', {}), 'base': base}  # for save_for_hf
+            args['base'] = base
         # where the weights came from is not known any more: nobody says whether they were loaded, or trained since
         model.pretrained_cfg = model.default_cfg = {
             **{k: v for k, v in filter_pretrained_cfg(cfg, remove_source=True).items() if k != 'tag'},
             'architecture': architecture,
             'description': f'{base} with AWM merges. Needs the package timm-awm: import timm_awm.',
         }
+    model._model_args = args
     return model
 
 

@@ -1,10 +1,13 @@
-"""From what timm's train.py leaves to a folder for the Hub."""
+"""What timm's train.py leaves of a run, and the Hub folder that is written from it."""
 import argparse
 import csv
 import json
 import pickle
 import re
 import shutil
+import zipfile
+import zlib
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
@@ -19,14 +22,140 @@ from ..utils import new_folder
 from .card import Measured, Training, write_card
 from .folder import write_model
 
-__all__ = ['export_run', 'read_summary', 'recipe_of', 'without_paths']
+__all__ = ['TrainingRun', 'export_run', 'without_paths']
 
-# where a path may begin that says something about a machine, and such a path amid other text
-START = r'(?:[A-Za-z]:[\\/]|[~$/]|\\\\|\.\.?[\\/])'
-WHOLE = re.compile(rf'((?:[\w-]{{2,}}[:/])?){START}.+')
-AMID = re.compile(rf'(?<=[\s\'"(\[{{:=,]){START}[^\s\'")\]}},]+')
+# an absolute path, or one relative to a home or a folder above; where it begins amid other text; but no address
+PATH = r'(?:[A-Za-z]:[\\/]|[~$/]|\\\\|\.\.?[\\/])'
+WHOLE = re.compile(rf'((?:[\w-]{{2,}}[:/])?)(?!/\S+://){PATH}.+')
+AMID = re.compile(rf'(?<=[\s\'"(\[{{=,]){PATH}[^\s\'")\]}},]+')
+ADDRESS = re.compile(r'[a-z][a-z0-9+.-]*://')
 # of no use to anybody else: where a run was reported, and what it went on from
 DROPPED = ('wandb_project', 'wandb_tags', 'wandb_resume_id', 'resume')
+
+
+class TrainingRun:
+    """A folder that train.py writes: arguments, a summary of every epoch, checkpoints.
+
+    Args:
+        folder: The run's folder; it may not be there yet.
+    """
+
+    def __init__(self, folder: Union[str, Path]) -> None:
+        self.folder = Path(folder)
+
+    @cached_property
+    def args(self) -> Dict[str, Any]:
+        """args.yaml.
+
+        Raises:
+            FileNotFoundError: It is not there.
+            ValueError: It is damaged.
+        """
+        path = self.folder / 'args.yaml'
+        if not path.is_file():
+            raise FileNotFoundError(f'There is no args.yaml in {str(self.folder)!r}: it is no run of train.py.')
+        try:
+            args = yaml.safe_load(path.read_text(encoding='utf-8'))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ValueError(f'{path} is damaged: {error}') from error
+        if not isinstance(args, dict) or 'model' not in args:
+            raise ValueError(f'{path} does not say which model was trained.')
+        return args
+
+    @cached_property
+    def summary(self) -> Dict[int, Dict[str, str]]:
+        """The rows of summary.csv by epoch. A resumed run has its header again and may have an epoch twice: the last
+        one counts.
+
+        Raises:
+            FileNotFoundError: It is not there.
+            ValueError: It is damaged.
+        """
+        path = self.folder / 'summary.csv'
+        if not path.is_file():
+            raise FileNotFoundError(f'There is no summary.csv in {str(self.folder)!r}.')
+        try:
+            with path.open(newline='', encoding='utf-8') as file:
+                return {int(row['epoch']): row for row in csv.DictReader(file) if row['epoch'] != 'epoch'}
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f'{path} is not what train.py writes: {error!r}') from error
+
+    def last_checkpoint(self) -> Optional[Path]:
+        """The newest whole checkpoint of an epoch's end, or None.
+
+        A run that was killed may leave a checkpoint half-written, or the newest one only under the name that timm gives
+        it before it takes the place of `last.pth.tar`. Recovery checkpoints are of the middle of an epoch, whose rest
+        train.py would leave out: they are not taken.
+
+        Raises:
+            ValueError: All checkpoints are damaged.
+        """
+        numbered = {
+            int(match[1]): path for path in self.folder.glob('*')
+            if (match := re.fullmatch(r'checkpoint-(\d+)\.pth\.tar', path.name))}
+        kept = [*self.folder.glob('last.pth.tar'), *(numbered[epoch] for epoch in sorted(numbered, reverse=True))]
+        for path in (*self.folder.glob('tmp.pth.tar'), *kept):
+            if _is_whole(path):
+                return path
+        if kept:
+            raise ValueError(f'Every checkpoint in {str(self.folder)!r} is damaged: move it away to start again.')
+        return None
+
+    def checkpoint(self, which: str) -> Path:
+        """'last', 'best' (of the evaluated epochs), or a file.
+
+        Raises:
+            FileNotFoundError: It is not there.
+        """
+        if which == 'last':
+            path = self.last_checkpoint() or self.folder / 'last.pth.tar'
+        else:
+            path = self.folder / 'model_best.pth.tar' if which == 'best' else Path(which)
+        if not path.is_file():
+            raise FileNotFoundError(f'There is no checkpoint {str(path)!r}.')
+        return path
+
+    def recipe(self) -> Tuple[Optional[Path], List[str]]:
+        """The recipe of this package from which the run differs in the fewest keys, if it is of that model class and
+        data at all, and these keys."""
+        best: Tuple[Optional[Path], List[str]] = None, []
+        for path in scripts.recipes().values():
+            recipe = yaml.safe_load(path.read_text(encoding='utf-8'))
+            different = [key for key, value in recipe.items() if self.args.get(key) != value]
+            if best[0] is None or len(different) < len(best[1]):
+                best = path, different
+        return best
+
+    def data(self) -> Tuple[str, Optional[str]]:
+        """The name of the data set, and that on the Hub if it came from there."""
+        scheme, _, name = str(self.args.get('dataset') or '').partition('/')
+        if scheme == 'hfds' and re.fullmatch(r'[\w.-]+(/[\w.-]+)?', name) and not Path(name).exists():
+            return name, name
+        path = name or self.args.get('data_dir') or self.args.get('data') or scheme
+        return Path(str(path)).name, None
+
+    def label_names(self, num_classes: int) -> Optional[List[str]]:
+        """The names of the classes, or None if the data set is not at hand or does not tell them."""
+        try:
+            scheme, _, name = str(self.args.get('dataset') or '').partition('/')
+            if scheme == 'hfds':  # timm's reader would fetch the data too
+                import datasets
+                features = datasets.load_dataset_builder(name).info.features
+                index = {label: i for i, label in enumerate(features[self.args['target_key']].names)}
+            else:
+                index = create_dataset(
+                    self.args.get('dataset') or '',
+                    root=self.args.get('data_dir') or self.args.get('data'),
+                    split=self.args.get('val_split') or 'validation',
+                    class_map=self.args.get('class_map') or '',
+                ).reader.class_to_idx
+        except Exception as error:  # whatever a reader of data that may be gone can raise
+            print(f'Label names: not known, for the data set cannot be read ({error!r}); --label-names gives them.')
+            return None
+        if sorted(index.values()) != list(range(num_classes)):
+            print(f'Label names: not known, for the data set does not tell {num_classes}; --label-names gives them.')
+            return None
+        return sorted(map(str, index), key=index.__getitem__)
 
 
 def export_run(
@@ -44,7 +173,7 @@ def export_run(
     """Writes what train.py left of an AWM model as a folder for the Hub.
 
     Args:
-        run: The run's folder, with args.yaml, summary.csv and checkpoints.
+        run: The run's folder.
         folder: New folder, of the name that the repository is to have.
         checkpoint: 'last', 'best' (of the evaluated epochs), or a file.
         use_ema: Take the averaged weights, if the run kept such. They are what train.py evaluates then.
@@ -62,34 +191,33 @@ def export_run(
         FileNotFoundError: Something is missing in the run.
         ValueError: What is there is damaged or does not fit together.
     """
-    run, folder = Path(run), Path(folder)
-    args = _read_args(run)
-    path = _checkpoint(run, checkpoint)
+    run, folder = TrainingRun(run), Path(folder)
+    args, rows = run.args, run.summary
+    path = run.checkpoint(checkpoint)
     epoch, state_dict, is_ema = _read_checkpoint(path, use_ema)
     model = _model(args)
     model.load_state_dict(state_dict)
-    start: Mapping[str, Any] = model.pretrained_cfg if args.get('pretrained') else {}  # type: ignore[assignment]
+    start: Mapping[str, Any] = model.pretrained_cfg if args.get('pretrained') else {}
     if args.get('pretrained_path') or args.get('initial_checkpoint'):
         start = {}
         if not license:
             print('Licence: none is stated, for the run started from weights of a file; --license states one.')
     elif not license:
         license = start.get('license') if start else 'apache-2.0'
-    data, found_id = _data(args)
+    data, found_id = run.data()
     cfg = dict(resolve_data_config(args, model=model))
     cfg.update(
         paper_ids='arXiv:1811.06878',
         description=(
-            f'{model.pretrained_cfg["architecture"]} trained on {data}. '  # type: ignore[index]
+            f'{model.pretrained_cfg["architecture"]} trained on {data}. '
             'Needs the package timm-awm: pip install timm-awm, import timm_awm.'),
         **(dict(tag=tag) if tag else {}),
         **(dict(license=license) if license else {}),
     )
-    rows = read_summary(run)
     measured = [_measured(split, file) for split, file in (results or {}).items()]
     # train.py evaluates the averaged weights, unless they are kept on the CPU; other files may be of other epochs
     evaluated_ema = bool(args.get('model_ema')) and not args.get('model_ema_force_cpu')
-    of_epoch = path.parent.resolve() == run.resolve() and not path.name.startswith('recovery')
+    of_epoch = path.parent.resolve() == run.folder.resolve() and not path.name.startswith('recovery')
     row = rows.get(epoch, {})
     if of_epoch and is_ema == evaluated_ema and row.get('eval_top1'):
         top5 = float(row['eval_top5']) if row.get('eval_top5') else None
@@ -105,12 +233,13 @@ def export_run(
         best=max((float(row['eval_top1']) for row in rows.values() if row.get('eval_top1')), default=None),
         base_model=start.get('hf_hub_id'),
     )
-    label_names = label_names or _label_names(args, model.num_classes)
+    label_names = label_names or run.label_names(model.num_classes)
     with new_folder(folder) as partial:
-        write_model(model, partial, args.get('model_kwargs'), cfg, label_names)
+        write_model(model, partial, None, cfg, label_names)
         (partial / 'args.yaml').write_text(yaml.safe_dump(public_args), encoding='utf-8')
-        shutil.copyfile(run / 'summary.csv', partial / 'summary.csv')
-        source = scripts.find_recipe(recipe) if recipe else recipe_of(args)
+        shutil.copyfile(run.folder / 'summary.csv', partial / 'summary.csv')
+        nearest, different = run.recipe()
+        source = scripts.find_recipe(recipe) if recipe else None if different else nearest
         if source:
             _copy_recipe(source, partial / 'recipe.yaml')
         write_card(partial, model, training)
@@ -130,15 +259,6 @@ def _model(args: Mapping[str, Any]) -> Any:
         raise ValueError(f'The model of args.yaml cannot be built: {error}') from error
 
 
-def recipe_of(args: Mapping[str, Any]) -> Optional[Path]:
-    """The recipe of this package all of which is true of a run's args.yaml."""
-    for path in scripts.recipes().values():
-        recipe = yaml.safe_load(path.read_text(encoding='utf-8'))
-        if all(args.get(key) == value for key, value in recipe.items()):
-            return path
-    return None
-
-
 def _copy_recipe(source: Path, goal: Path) -> None:
     """As it is, with its comments, if no folder of this machine is named in it."""
     recipe = yaml.safe_load(source.read_text(encoding='utf-8'))
@@ -148,29 +268,12 @@ def _copy_recipe(source: Path, goal: Path) -> None:
         goal.write_text(yaml.safe_dump(without_paths(recipe)), encoding='utf-8')
 
 
-def _read_args(run: Path) -> Dict[str, Any]:
-    path = run / 'args.yaml'
-    if not path.is_file():
-        raise FileNotFoundError(f'There is no args.yaml in {str(run)!r}: it is no folder of a run of train.py.')
+def _is_whole(path: Path) -> bool:
     try:
-        args = yaml.safe_load(path.read_text(encoding='utf-8'))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f'{path} is damaged: {error}') from error
-    if not isinstance(args, dict) or 'model' not in args:
-        raise ValueError(f'{path} does not say which model was trained.')
-    return args
-
-
-def _checkpoint(run: Path, checkpoint: str) -> Path:
-    if checkpoint == 'last':
-        path = scripts.find_checkpoint(run)
-        if path is None:
-            raise FileNotFoundError(f'There is no checkpoint in {str(run)!r}.')
-        return path
-    path = run / 'model_best.pth.tar' if checkpoint == 'best' else Path(checkpoint)
-    if not path.is_file():
-        raise FileNotFoundError(f'There is no checkpoint {str(path)!r}.')
-    return path
+        with zipfile.ZipFile(path) as file:
+            return file.testzip() is None
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, ValueError):  # what damage can raise
+        return False
 
 
 def _read_checkpoint(path: Path, use_ema: bool) -> Tuple[int, Dict[str, Any], bool]:
@@ -182,19 +285,6 @@ def _read_checkpoint(path: Path, use_ema: bool) -> Tuple[int, Dict[str, Any], bo
         return saved['epoch'], clean_state_dict(saved['state_dict_ema' if is_ema else 'state_dict']), is_ema
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, AttributeError) as error:
         raise ValueError(f'{path} is damaged, or no checkpoint of train.py: {error}') from error
-
-
-def read_summary(run: Path) -> Dict[int, Dict[str, str]]:
-    """The rows of summary.csv by epoch. A resumed run has its header again and may have an epoch twice: the last one
-    counts."""
-    path = run / 'summary.csv'
-    if not path.is_file():
-        raise FileNotFoundError(f'There is no summary.csv in {str(run)!r}.')
-    try:
-        with path.open(newline='', encoding='utf-8') as file:
-            return {int(row['epoch']): row for row in csv.DictReader(file) if row['epoch'] != 'epoch'}
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f'{path} is not what train.py writes: {error!r}') from error
 
 
 def _measured(split: str, path: Path) -> Measured:
@@ -211,46 +301,13 @@ def _measured(split: str, path: Path) -> Measured:
         raise ValueError(f'{path} is not what validate.py writes about one model: {error}') from error
 
 
-def _data(args: Mapping[str, Any]) -> Tuple[str, Optional[str]]:
-    """The name of a run's data set, and that on the Hub if it came from there."""
-    scheme, _, name = str(args.get('dataset') or '').partition('/')
-    if scheme == 'hfds' and re.fullmatch(r'[\w.-]+(/[\w.-]+)?', name) and not Path(name).exists():
-        return name, name
-    path = name or args.get('data_dir') or args.get('data') or scheme
-    return Path(str(path)).name, None
-
-
-def _label_names(args: Mapping[str, Any], num_classes: int) -> Optional[List[str]]:
-    """The names of a data set's classes, or None if it is not at hand or does not tell them."""
-    try:
-        scheme, _, name = str(args.get('dataset') or '').partition('/')
-        if scheme == 'hfds':  # timm's reader would fetch the data too
-            import datasets
-            features = datasets.load_dataset_builder(name).info.features
-            index = {label: i for i, label in enumerate(features[args['target_key']].names)}
-        else:
-            index = create_dataset(
-                args.get('dataset') or '',
-                root=args.get('data_dir') or args.get('data'),
-                split=args.get('val_split') or 'validation',
-                class_map=args.get('class_map') or '',
-            ).reader.class_to_idx
-    except Exception as error:  # whatever a reader of data that may be gone can raise
-        print(f'Label names: not known, for the data set cannot be read ({error!r}); --label-names gives them.')
-        return None
-    if sorted(index.values()) != list(range(num_classes)):
-        print(f'Label names: not known, for the data set does not tell {num_classes}; --label-names gives them.')
-        return None
-    return sorted(map(str, index), key=index.__getitem__)
-
-
 def without_paths(value: Any) -> Any:
     """Without the folders of the machine that something was run on: of a path, the last part is left."""
     if isinstance(value, Mapping):
         return {k: without_paths(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
         return [without_paths(v) for v in value]
-    if not isinstance(value, str):
+    if not isinstance(value, str) or ADDRESS.match(value):
         return value
     whole = WHOLE.fullmatch(value)
     return whole[1] + _last_part(value) if whole else AMID.sub(lambda match: _last_part(match[0]), value)
