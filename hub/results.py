@@ -1,40 +1,44 @@
 """The runs that the results rest on, and the table of them.
 
     python hub/results.py run NAME -c RECIPE --seed 0 ...   trains with timm's train.py (goes on with a run that was
-                                                            stopped), tests once, keeps the run in hub/runs/
-    python hub/results.py                                   writes hub/results-cifar10.csv and the table in the README
+                                                            stopped), tests once, keeps the run in hub/results/
+    python hub/results.py keep FOLDER                       keeps a run that is trained and tested
+    python hub/results.py                                   writes hub/results/results.csv and the table in hub/README.md
 """
 import argparse
 import csv
 import io
 import json
+import platform
 import re
 import shutil
 import statistics
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Dict, List
 
 import yaml
 from scipy.stats import ttest_ind
 
-from timm_awm.hub.run import read_summary, recipe_of, without_paths
+from timm_awm import scripts
+from timm_awm.hub.run import TrainingRun
 
 HUB = Path(__file__).parent
-README = HUB.parent / 'README.md'
-RUNS = HUB / 'runs'
+README = HUB / 'README.md'
+RUNS = HUB / 'results'
 OUTPUT = HUB.parent / 'output' / 'train'  # of train.py
-CSV = HUB / 'results-cifar10.csv'
-DATASET = 'hfds/uoft-cs/cifar10'
+CSV = RUNS / 'results.csv'
+# what says where a run was made, and nothing about its result
+MACHINE = {
+    'dataset', 'data_dir', 'device', 'device_modules', 'experiment', 'no_prefetcher', 'output', 'pin_mem', 'resume',
+    'workers'}
 # the paper's test errors in %, the best of 700 passes with AWM, of 165 without: beside runs as long or in proportion
 PAPER = {
-    ('awm_resnet14_cifar', 14, 'plain'): '9.21', ('awm_resnet14_cifar', 60, 't = 3'): '8.13',
-    ('awm_resnet14_cifar', 165, 'plain'): '9.21', ('awm_resnet14_cifar', 700, 't = 3'): '8.13',
-    ('awm_resnet20_cifar', 14, 'plain'): '8.42', ('awm_resnet20_cifar', 60, 't = 3'): '6.73',
-    ('awm_resnet20_cifar', 165, 'plain'): '8.42', ('awm_resnet20_cifar', 700, 't = 3'): '6.73',
-}
+    ('cifar10', 'awm_resnet14_cifar'): ('9.21', '8.13'), ('cifar10', 'awm_resnet20_cifar'): ('8.42', '6.73'),
+    ('cifar100', 'awm_resnet14_cifar'): ('34.01', '31.77'), ('cifar100', 'awm_resnet20_cifar'): ('32.62', '30.57')}
 
 
 def run(name: str, flags: List[str]) -> None:
@@ -54,18 +58,20 @@ def run(name: str, flags: List[str]) -> None:
             [*awm, 'train', '--output', OUTPUT, '--experiment', name, '--resume', 'auto', *flags], check=True)
     finally:  # what a run took that was stopped counts too
         if folder.is_dir():
+            given = [flag[2:].partition('=')[0].replace('-', '_') for flag in flags if flag.startswith('--')]
             minutes = before + round((time.monotonic() - start) / 60)
-            origin.write_text(json.dumps({'minutes': minutes, 'commit': commit}) + '\n', encoding='utf-8')
-    args = yaml.safe_load((folder / 'args.yaml').read_text(encoding='utf-8'))
-    given = {
+            origin.write_text(json.dumps(dict(minutes=minutes, commit=commit, flags=given)), encoding='utf-8')
+    args = TrainingRun(folder).args
+    options = {
         '--model': args['model'], '--checkpoint': folder / 'last.pth.tar', '--num-classes': args['num_classes'],
         '--dataset': args['dataset'], '--data-dir': args['data_dir'], '--split': 'test',
         '--input-key': args['input_key'], '--target-key': args['target_key'], '--device': args['device'],
         '--results-file': folder / 'test.json', '--results-format': 'json'}
-    model_kwargs = [f'{key}={value}' for key, value in args['model_kwargs'].items()]
+    lists = {'--mean': args['mean'], '--std': args['std'],
+             '--model-kwargs': [f'{key}={value}' for key, value in args['model_kwargs'].items()]}
     subprocess.run(
-        [*awm, 'validate', *(str(part) for flag in given.items() if flag[1] is not None for part in flag),
-         *['--model-kwargs'][:len(model_kwargs)], *model_kwargs], check=True)
+        [*awm, 'validate', *(str(part) for flag in options.items() if flag[1] is not None for part in flag),
+         *(str(part) for flag, values in lists.items() if values for part in (flag, *values))], check=True)
     keep(folder)
 
 
@@ -73,19 +79,29 @@ def git(*args: str) -> str:
     return subprocess.run(['git', *args], cwd=HUB.parent, check=True, text=True, capture_output=True).stdout.strip()
 
 
-def keep(run: Path) -> None:
-    """Copies what is left of a finished run, without the folders of this machine."""
-    goal = RUNS / run.name
+def keep(folder: Path) -> None:
+    """Copies what is left of a finished run: its recipe and what differs from it, versions, every epoch, the test."""
+    trained = TrainingRun(folder)
+    origin = json.loads((folder / 'origin.json').read_text(encoding='utf-8'))
+    recipe, different = trained.recipe()
+    keys = {*different, *origin.pop('flags', ()), 'seed'} & trained.args.keys() - MACHINE
+    record = {
+        'recipe': f'{recipe.parent.name}/{recipe.stem}',
+        'data': trained.data()[0].rpartition('/')[2],
+        'overrides': {key: trained.args[key] for key in sorted(keys)},
+        **origin,
+        'versions': {name: version(name) for name in ('timm', 'torch')} | {'python': platform.python_version()},
+    }
+    goal = RUNS / folder.name
     goal.mkdir(parents=True)
-    args = yaml.safe_load((run / 'args.yaml').read_text(encoding='utf-8'))
-    (goal / 'args.yaml').write_text(yaml.safe_dump(without_paths(args)), encoding='utf-8')
-    for name in ('summary.csv', 'test.json', 'origin.json'):
-        shutil.copyfile(run / name, goal / name)
+    (goal / 'run.json').write_text(json.dumps(record, indent=2) + '\n', encoding='utf-8')
+    for name in ('summary.csv', 'test.json'):
+        shutil.copyfile(folder / name, goal / name)
 
 
 def setting(args: Dict[str, Any]) -> str:
     """How a run was trained, but for its length and its seed."""
-    model_kwargs = {key: value for key, value in args['model_kwargs'].items() if key != 'awm'}
+    model_kwargs = {key: value for key, value in args.get('model_kwargs', {}).items() if key != 'awm'}
     options = dict(args['opt_kwargs'])
     period, merge_period = options.pop('period', None), options.pop('merge_period', None)
     if args['opt'] != 'alternating':
@@ -100,18 +116,20 @@ def setting(args: Dict[str, Any]) -> str:
     return ', '.join([how, *(f'`{key}={value}`' for key, value in changed.items())])
 
 
-def row(run: Path) -> Dict[str, Any]:
+def row(folder: Path) -> Dict[str, Any]:
     """A line of the CSV: timm's columns, then ours."""
-    args = yaml.safe_load((run / 'args.yaml').read_text(encoding='utf-8'))
-    test = json.loads((run / 'test.json').read_text(encoding='utf-8'))
-    summary = read_summary(run)
-    recipe = recipe_of({**args, 'dataset': DATASET})  # from disk, it has the name of a folder
+    record = json.loads((folder / 'run.json').read_text(encoding='utf-8'))
+    recipe = yaml.safe_load(scripts.find_recipe(record['recipe']).read_text(encoding='utf-8'))
+    args = {**recipe, **record['overrides']}
+    test = json.loads((folder / 'test.json').read_text(encoding='utf-8'))
+    summary = TrainingRun(folder).summary
     evaluated = {epoch: float(line['eval_top1']) for epoch, line in summary.items()}
     passes = args['epochs']
-    assert sorted(evaluated) == list(range(passes)), f'{run} is not finished'
+    assert sorted(evaluated) == list(range(passes)), f'{folder} is not finished'
     best = max(evaluated, key=lambda epoch: (evaluated[epoch], -epoch))
     phases = [line.get('train_phase', 'backbone') for line in summary.values()]  # plain networks have no phases
     return {
+        'data': record['data'],
         'model': args['model'],
         **{name: test[name] for name in (
             'img_size', 'top1', 'top1_err', 'top5', 'top5_err', 'param_count', 'crop_pct', 'interpolation')},
@@ -123,43 +141,50 @@ def row(run: Path) -> Dict[str, Any]:
         'held_out_top1': evaluated[passes - 1],
         'best_held_out_top1': evaluated[best],
         'best_epoch': best,
-        **json.loads((run / 'origin.json').read_text(encoding='utf-8')),
-        'recipe': f'{recipe.parent.name}/{recipe.stem}' if recipe else '',
-        'run': run.name,
+        'minutes': record['minutes'],
+        'commit': record['commit'],
+        'recipe': record['recipe'],
+        'run': folder.name,
     }
 
 
 def rows() -> List[Dict[str, Any]]:
-    return [row(path.parent) for path in sorted(RUNS.glob('*/args.yaml'))]
+    return [row(path.parent) for path in sorted(RUNS.glob('*/run.json'))]
 
 
 def table(rows: List[Dict[str, Any]]) -> str:
-    """The README's table: means and spreads of the test error after the last pass, and differences from the plain
-    control of as many passes."""
+    """The table of hub/README.md: means and spreads of the test error after the last pass, and differences from the
+    plain control of as many passes."""
     groups: Dict[Any, List[Dict[str, Any]]] = {}
     for r in rows:
-        groups.setdefault((r['model'], -r['passes'], r['setting'] != 'plain', r['setting']), []).append(r)
+        t = re.search(r't = (\d+)', r['setting'])  # 12 behind 3
+        key = r['data'], r['model'], -r['passes'], r['setting'] != 'plain', int(t[1]) if t else 0, r['setting']
+        groups.setdefault(key, []).append(r)
     for runs in groups.values():
         if len({r['seed'] for r in runs}) < len(runs):
             raise ValueError(f'Of {[r["run"] for r in runs]} some have the same seed: one run twice is no evidence.')
     lines = [
-        '| network | passes | of the backbone | trained | runs | held-out error, % | test error, % | '
+        '| data | network | passes | of the backbone | trained | runs | held-out error, % | test error, % | '
         'difference from plain | minutes | paper, % |',
-        '| --- | ---: | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: |',
+        '| --- | --- | ---: | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: |',
     ]
-    for (model, passes, is_awm, how), runs in sorted(groups.items()):
-        errors = [r['top1_err'] for r in runs]
-        plain = [r['top1_err'] for r in groups.get((model, passes, False, 'plain'), [])]
+    for _, runs in sorted(groups.items()):
+        first, errors = runs[0], [r['top1_err'] for r in runs]
+        plain = [r['top1_err'] for r in rows if r['setting'] == 'plain' and all(
+            r[name] == first[name] for name in ('data', 'model', 'passes'))]
         difference = ''
-        if is_awm and plain:
+        if first['setting'] != 'plain' and plain:
             difference = f'{statistics.mean(errors) - statistics.mean(plain):+.2f}'
             if len(errors) > 1 and len(plain) > 1:
                 low, high = ttest_ind(errors, plain, equal_var=False).confidence_interval()
                 difference += f' ({low:+.2f} to {high:+.2f})'
+        of_paper = PAPER.get((first['data'], first['model']), ('', ''))
+        paper = {('plain', 14): 0, ('plain', 165): 0, ('t = 3', 60): 1, ('t = 3', 700): 1}.get(
+            (first['setting'], first['passes']))
         cells = (
-            f'`{model}`', -passes, runs[0]['backbone_passes'], how, len(runs),
-            mean_and_spread([100 - r['held_out_top1'] for r in runs]), mean_and_spread(errors), difference,
-            round(statistics.mean(r['minutes'] for r in runs)), PAPER.get((model, -passes, how), ''))
+            first['data'], f'`{first["model"]}`', first['passes'], first['backbone_passes'], first['setting'],
+            len(runs), mean_and_spread([100 - r['held_out_top1'] for r in runs]), mean_and_spread(errors), difference,
+            round(statistics.mean(r['minutes'] for r in runs)), '' if paper is None else of_paper[paper])
         lines.append(f'| {" | ".join(map(str, cells))} |')
     return '\n'.join(lines)
 
@@ -181,13 +206,15 @@ def text(rows: List[Dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest='command')
-    running = commands.add_parser('run')
-    running.add_argument('name', help='of the run, its end the seed: r14_t3_s0')
+    commands.add_parser('run').add_argument('name', help='of the run, its end the seed: r14_t3_s0')
+    commands.add_parser('keep').add_argument('folder', type=Path)
     args, flags = parser.parse_known_args()
-    if args.command:
-        run(args.name, flags)
-    elif flags:
+    if flags and args.command != 'run':
         parser.error(f'unknown: {flags}')
+    if args.command == 'run':
+        run(args.name, flags)
+    elif args.command == 'keep':
+        keep(args.folder)
     found = rows()
     CSV.write_text(text(found), encoding='utf-8')
     new, readme = table(found), README.read_text(encoding='utf-8')
