@@ -1,5 +1,5 @@
 import sys
 
-from .cli import main
+from timm_awm_cli.main import main
 
 sys.exit(main())

@@ -1,20 +1,12 @@
-"""`timm-awm bench`: time and memory of models against their plain and SE controls, interleaved in one process.
+"""`timm-awm compare`: time and memory of models against their plain and SE controls, interleaved in one process.
 
 Every round runs every contender once, in shuffled order, so that drifts of the machine hit all alike; a ratio is the
 median over the rounds of base time / own time: above 1 is faster than the base.
 
 Peak memory: the contender's own parameters, buffers, optimizer state and batch, and the most that one step allocates
 beyond what is there when it starts.
-
-The floor compares, with the base, what a step must compute and move at the least: floating point operations of
-convolutions and matrix products, and bytes, where each of these reads its operands and writes its result once (forward
-and again for each gradient that is asked for), a BatchNorm that trains reads its map twice, for its statistics come
-first, and writes it once (backward reads map and gradient twice, and writes once), SGD reads three and writes two
-numbers for each parameter that it trains, and all else (activations, sums, merges, SE, pooling) is fused into these. A
-step that does both at the base's own rates has a ratio between 1 / FLOPs and 1 / bytes.
 """
 import contextlib
-import copy
 import csv
 import difflib
 import gc
@@ -29,7 +21,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import timm
 import torch
@@ -38,9 +30,8 @@ from timm.data import resolve_model_data_config
 from timm.models import ResNet
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode, flop_registry
+from torch.utils.flop_counter import FlopCounterMode
 
 from . import __version__
 from .layers import MixingWeights
@@ -54,10 +45,10 @@ SEED = 0
 COLUMNS = (
     'model', 'phase',
     # timm's own
-    'infer_samples_per_sec', 'infer_step_time', 'infer_batch_size', 'infer_img_size', 'infer_gmacs', 'infer_macts',
+    'infer_samples_per_sec', 'infer_step_time', 'infer_batch_size', 'infer_img_size', 'infer_gmacs',
     'train_samples_per_sec', 'train_step_time', 'train_batch_size', 'train_img_size', 'param_count',
     # ours: IQR of the step time in ms; ratios to the base
-    'step_time_iqr', 'base', 'ratio', 'ratio_iqr', 'peak_mib', 'peak_ratio', 'flops_ratio', 'bytes_ratio', 'rounds',
+    'step_time_iqr', 'base', 'ratio', 'ratio_iqr', 'peak_mib', 'peak_ratio', 'rounds',
     'amp', 'compile', 'channels_last', 'device', 'torch', 'timm',
 )
 
@@ -92,13 +83,6 @@ class Spec:
         return timm.create_model(self.name, **self.kwargs, **kwargs)
 
 
-class Counts(NamedTuple):
-    """What a step must compute and move at the least, see above; activations as timm's benchmarks count them."""
-    flops: int
-    bytes: int
-    activations: int
-
-
 @dataclass
 class Contender:
     """A model's inference, or its training step in one phase, ready to be timed."""
@@ -108,7 +92,6 @@ class Contender:
     prepare: Callable[[], Any]  # what a step needs before the clock starts
     step: Callable[[], None]
     kept_bytes: Callable[[], int]  # between steps
-    counts: Counts = field(init=False)
     peak: Optional[int] = field(init=False)  # bytes; None: not measured on this device
     seconds: List[float] = field(default_factory=list)
 
@@ -131,7 +114,7 @@ def run(models: Sequence[str], settings: Settings) -> None:
         print(_header(settings, device), flush=True)
         for group in groups:
             for mode in settings.modes:
-                _bench(group, mode, settings, device, write)
+                _compare(group, mode, settings, device, write)
 
 
 def group_contenders(models: Sequence[str]) -> List[List[Spec]]:
@@ -173,7 +156,7 @@ def with_controls(name: str) -> List[Spec]:
     return [*plain, awm, *se]
 
 
-def _bench(specs: List[Spec], mode: str, settings: Settings, device: torch.device, write: Callable) -> None:
+def _compare(specs: List[Spec], mode: str, settings: Settings, device: torch.device, write: Callable) -> None:
     gc.collect()  # what an earlier call has left
     torch.compiler.reset()
     torch.manual_seed(SEED)
@@ -194,7 +177,6 @@ def _bench(specs: List[Spec], mode: str, settings: Settings, device: torch.devic
             for contender in make_contenders(spec, mode, settings, x, y, base.num_classes):
                 _progress(f'{mode}: warming up {contender.label} {contender.phase}')
                 contender.prepare()
-                contender.counts = count(contender.model, x, y)
                 for _ in range(settings.warmup):
                     contender.step()
                 contender.peak = peak_memory(contender.step, device)
@@ -263,46 +245,8 @@ def make_contenders(
         for epoch, phase in enumerate((BACKBONE, MERGE))]
 
 
-class _Traffic(TorchDispatchMode):
-    """Counts bytes as the docstring of this file says, and the elements that convolutions and matrix products make."""
-    bytes = 0
-    activations = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        op = func._overloadpacket
-        if op is torch.ops.aten.convolution_backward:
-            grad, x, weight = args[:3]
-            grad_x, grad_weight, _ = result
-            if grad_x is not None:
-                self.bytes += _nbytes(grad, weight, grad_x)
-            if grad_weight is not None:
-                self.bytes += _nbytes(grad, x, grad_weight)
-        elif op in flop_registry:
-            self.bytes += _nbytes(*args, result)
-            self.activations += tree_leaves(result)[0].numel()
-        elif op is torch.ops.aten.native_batch_norm and args[5]:  # training
-            self.bytes += 3 * args[0].nbytes
-        elif op is torch.ops.aten.native_batch_norm_backward:
-            self.bytes += 5 * args[0].nbytes
-        return result
-
-
 def _nbytes(*values: Any) -> int:
     return sum(t.nbytes for t in tree_leaves(values) if isinstance(t, Tensor))
-
-
-def count(model: nn.Module, x: Tensor, y: Tensor) -> Counts:
-    """Counts a step of the model as it is, training or not, with its frozen parameters; in float32, without data."""
-    model = copy.deepcopy(model).to('meta')
-    x, y = x.to('meta'), y.to('meta')
-    with torch.set_grad_enabled(model.training), FlopCounterMode(display=False) as flops, _Traffic() as traffic:
-        logits = model(x)
-        activations = traffic.activations
-        if model.training:
-            F.cross_entropy(logits, y).backward()
-    trained = [p for p in model.parameters() if p.grad is not None]
-    return Counts(flops.get_total_flops(), traffic.bytes + 5 * _nbytes(trained), activations)
 
 
 def peak_memory(step: Callable[[], Any], device: torch.device) -> Optional[int]:
@@ -348,7 +292,7 @@ def _row(contender: Contender, base: Contender, mode: str, x: Tensor, settings: 
     batch, size = x.shape[0], x.shape[-1]
     low, median, high = _quartiles([1e3 * seconds for seconds in contender.seconds])
     ratio_low, ratio, ratio_high = _quartiles([b / own for b, own in zip(base.seconds, contender.seconds)])
-    counts, peak = contender.counts, contender.peak
+    peak = contender.peak
     row = {
         'model': contender.label,
         'phase': contender.phase,
@@ -363,8 +307,6 @@ def _row(contender: Contender, base: Contender, mode: str, x: Tensor, settings: 
         'ratio_iqr': round(ratio_high - ratio_low, 4),
         'peak_mib': peak and round(peak / 2 ** 20, 1),
         'peak_ratio': peak and base.peak and round(peak / base.peak, 4),
-        'flops_ratio': round(counts.flops / base.counts.flops, 4),
-        'bytes_ratio': round(counts.bytes / base.counts.bytes, 4),
         'rounds': len(contender.seconds),
         'amp': settings.amp_dtype,
         'compile': settings.compile,
@@ -374,8 +316,9 @@ def _row(contender: Contender, base: Contender, mode: str, x: Tensor, settings: 
         'timm': timm.__version__,
     }
     if mode == 'infer':
-        row['infer_gmacs'] = round(counts.flops / 2e9 / batch, 2)
-        row['infer_macts'] = round(counts.activations / 1e6 / batch, 2)
+        with torch.inference_mode(), FlopCounterMode(display=False) as flops:
+            contender.model(x)
+        row['infer_gmacs'] = round(flops.get_total_flops() / 2e9 / batch, 2)
     return row
 
 
@@ -385,17 +328,15 @@ def _table(rows: List[Dict[str, Any]], mode: str) -> str:
         f"{'Training step' if mode == 'train' else 'Inference'}, batch {first[f'{mode}_batch_size']}, "
         f"{first[f'{mode}_img_size']} px, {first['rounds']} rounds, ratios to {first['base']}:",
         '',
-        '| model | phase | ms | IQR | images/s | ratio | IQR | floor: FLOPs, bytes | ratio at the floor | peak MiB '
-        '| peak ratio |',
-        '| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |',
+        '| model | phase | ms | IQR | images/s | ratio | IQR | peak MiB | peak ratio |',
+        '| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |',
     ]
     for row in rows:
-        floors = sorted(1 / row[name] for name in ('flops_ratio', 'bytes_ratio'))
         peak = ['-', '-'] if row['peak_mib'] is None else [f"{row['peak_mib']:.1f}", f"{row['peak_ratio']:.2f}"]
         cells = [
             row['model'], row['phase'], f"{row[f'{mode}_step_time']:.1f}", f"{row['step_time_iqr']:.1f}",
             f"{row[f'{mode}_samples_per_sec']:.1f}", f"{row['ratio']:.3f}", f"{row['ratio_iqr']:.3f}",
-            f"x{row['flops_ratio']:.3f}, x{row['bytes_ratio']:.3f}", f'{floors[0]:.2f}..{floors[1]:.2f}', *peak,
+            *peak,
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return '\n'.join(lines)
@@ -420,8 +361,6 @@ def _header(settings: Settings, device: torch.device) -> str:
         f'(alternating in AWM models, whose phases share one model), {settings.warmup} steps to warm up, seed {SEED}',
         'ms, ratio: medians, and their IQR, the interquartile range; ratio: base / own time of the same round, above 1 '
         'is faster',
-        'floor: what a step must compute and move, relative to the base, if all else is fused into convolutions, '
-        "matrix products and trained BatchNorms; at the base's own rates the ratio is between the two given",
         'peak: own parameters, buffers, optimizer state and batch, and the most that a step allocates for tensors',
     ]
     return '\n'.join(lines)
@@ -431,7 +370,7 @@ def _device_name(device: torch.device) -> str:
     if device.type != 'cpu':
         get_name = getattr(torch.get_device_module(device), 'get_device_name', lambda device: device.type)
         return get_name(device)
-    with contextlib.suppress(OSError), open('/proc/cpuinfo') as file:
+    with contextlib.suppress(OSError), open('/proc/cpuinfo', encoding='utf-8') as file:
         for line in file:
             if line.startswith('model name'):
                 return line.partition(':')[2].strip()
@@ -468,7 +407,7 @@ def _csv_file(path: Optional[Path]) -> Iterator[Callable[[List[Dict[str, Any]]],
     if path is None:
         yield lambda rows: None
         return
-    with path.open('x', newline='') as file:
+    with path.open('x', newline='', encoding='utf-8') as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         start = file.tell()

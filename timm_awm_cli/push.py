@@ -1,0 +1,23 @@
+import argparse
+from pathlib import Path
+
+HELP = 'publish a folder on the Hugging Face Hub'
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        'Publishes a folder that timm-awm export or timm_awm.hub.save_for_hub wrote, in one commit, and fetches it back '
+        'to compare. A new repository is private. Your token: hf auth login.')
+    parser.epilog = 'Example: timm-awm push awm_resnet20_cifar.t3_c10 me/awm_resnet20_cifar.t3_c10'
+    parser.add_argument('folder', type=Path, metavar='FOLDER')
+    parser.add_argument('repo_id', metavar='REPO_ID', help='OWNER/NAME, or NAME of yours')
+    parser.add_argument('--public', action='store_true', help='visibility of a new repository')
+    parser.add_argument('--revision', metavar='BRANCH', help='branch to commit to, made if need be (main)')
+    parser.add_argument('--create-pr', action='store_true', help='open a pull request instead')
+
+
+def run(args: argparse.Namespace) -> None:
+    from timm_awm import hub
+    url = hub.push(
+        args.folder, args.repo_id, private=not args.public, revision=args.revision, create_pr=args.create_pr)
+    print(f'{args.folder}: published, fetched back and compared: {url}')

@@ -1,0 +1,32 @@
+import argparse
+import fnmatch
+import shutil
+
+HELP = 'list, show or copy recipes for training'
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = 'Lists the recipes, shows one, or copies one to be changed.'
+    parser.epilog = (
+        "Example: timm-awm recipes 'imagenet/*'; timm-awm recipes --show cifar10/awm_resnet20_cifar; "
+        'timm-awm recipes --copy cifar10/awm_resnet20_cifar mine.yaml')
+    parser.add_argument('pattern', nargs='?', default='*', help='wildcard for names (%(default)s)')
+    action = parser.add_mutually_exclusive_group()
+    action.add_argument('--show', metavar='RECIPE', help='print a recipe')
+    action.add_argument('--copy', metavar=('RECIPE', 'FILE'), nargs=2, help='copy a recipe to a new file')
+
+
+def run(args: argparse.Namespace) -> None:
+    from timm_awm import scripts
+    if args.show is not None:
+        print(scripts.find_recipe(args.show).read_text(encoding='utf-8'), end='')
+    elif args.copy:
+        name, goal = args.copy
+        with scripts.find_recipe(name).open('rb') as source, open(goal, 'xb') as file:
+            shutil.copyfileobj(source, file)
+        print(f'{goal}: start it with timm-awm train -c {goal}')
+    else:
+        names = fnmatch.filter(scripts.recipes(), args.pattern)
+        if not names:
+            raise ValueError(f'No recipe is called {args.pattern!r}; without a pattern all are listed.')
+        print('\n'.join(names))
