@@ -1,2 +1,14 @@
+from timm.optim import OptimInfo
+from timm.optim._optim_factory import default_registry
+
 from .alternating import Alternating, live, set_epoch
 from .schedule import PhaseSchedule
+
+default_registry.register(OptimInfo(
+    name='alternating',  # no underscore: timm's factory drops what stands before one
+    opt_class=Alternating,
+    description='Trains backbone and AWM merges in turn with any other optimizer (base=..., period=...)',
+    has_eps=True,
+    has_momentum=True,
+    has_betas=True,
+))

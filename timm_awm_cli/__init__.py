@@ -1,0 +1,1 @@
+"""The command line of timm_awm, one module a command."""
