@@ -113,7 +113,7 @@ def test_signals_reach_the_script(given, status, clean):
 def test_torchrun_in_front(clean):
     text = REPORT.replace('sys.exit(7)', '').replace('print(', f'open("{clean}/" + os.environ["RANK"], "w").write(')
     path = script(clean / 'train.py', text)
-    front = [Path(sys.executable).with_name('torchrun'), '--nproc_per_node=2']
+    front = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2']
     result = run('train', '--script', path, '--epochs', 3, front=front)
     assert result.returncode == 0, result.stderr
     for rank in ('0', '1'):

@@ -148,7 +148,7 @@ def test_two_processes_train_like_one(split, data, tmp_path):
     train('cifar10/awm_resnet14_cifar', data, tmp_path, *args, '-b', 64 // share)
     log = train(
         'cifar10/awm_resnet14_cifar', data, tmp_path, *args, '-b', 32 // share, '--experiment', 'two',
-        '--device-modules', 'ranks_equal', front=TORCHRUN)
+        '--device-modules', 'ddp_on_cpu', 'ranks_equal', front=TORCHRUN)
     assert epochs(log.stderr) == [(str(i), 'bm'[i % 2]) for i in range(6)]
     assert log.stdout.count('equal after epoch') == 12
     one, two = (load_state_dict(str(tmp_path / name / 'last.pth.tar')) for name in ('run', 'two'))
@@ -185,7 +185,7 @@ def workers(agent):
 
 
 def test_elastic_restart_goes_on_in_the_right_phase(data, tmp_path):
-    args = (*PERIOD_2, '--epochs', 8, '--no-aug', '--resume', 'auto')
+    args = (*PERIOD_2, '--epochs', 8, '--no-aug', '--device-modules', 'ddp_on_cpu', '--resume', 'auto')
     recipe = 'cifar10/awm_resnet14_cifar'
     train(recipe, data, tmp_path, *args, front=TORCHRUN)
     command = [*TORCHRUN, '--max-restarts=2', '-m', 'timm_awm', *arguments(
@@ -207,7 +207,7 @@ def test_elastic_restart_goes_on_in_the_right_phase(data, tmp_path):
 
 
 def test_killed_anywhere_and_resumed(data, tmp_path, kills=4, count=16, seed=0):
-    args = (*PERIOD_2, '--epochs', count, '--no-aug', '--device-modules', 'ddp_on_cpu', 'killable', '--resume', 'auto')
+    args = (*PERIOD_2, '--epochs', count, '--no-aug', '--device-modules', 'killable', '--resume', 'auto')
     recipe = 'cifar10/awm_resnet14_cifar'
     train(recipe, data, tmp_path, *args)
     command = [sys.executable, '-m', 'timm_awm', *arguments(recipe, data, tmp_path, *args, '--experiment', 'killed')]

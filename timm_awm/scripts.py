@@ -54,7 +54,8 @@ def find_script(name: str, given: Optional[str] = None) -> Path:
             return Path(named)
     beside = [Path(train).with_name(f'{name}.py')] if train else []
     for path in (*beside, Path(f'{name}.py')):
-        if path.is_file() and 'Ross Wightman' in path.read_text(encoding='utf-8', errors='replace'):  # who signs timm's scripts
+        # who signs timm's scripts
+        if path.is_file() and 'Ross Wightman' in path.read_text(encoding='utf-8', errors='replace'):
             return path
     return _cached_script(name)
 
