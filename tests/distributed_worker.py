@@ -30,7 +30,7 @@ task = ClassificationTask(model, torch.nn.CrossEntropyLoss(), verbose=False)
 optimizer = create_optimizer_v2(
     model, opt='alternating', base='sgd', period=1, lr=.05, momentum=.9, weight_decay=1e-3)
 if ranks > 1:
-    task.prepare_distributed(device_ids=[torch.device('cpu')])  # as train.py calls it
+    task.prepare_distributed(find_unused_parameters=True)
     ddp = next(m for m in task.modules() if isinstance(m, DistributedDataParallel))
 data = torch.Generator().manual_seed(0)
 flops = {}

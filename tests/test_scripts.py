@@ -12,7 +12,6 @@ import time
 from pathlib import Path
 
 import pytest
-import timm
 import torch
 
 from timm_awm import cli, scripts
@@ -114,7 +113,7 @@ def test_signals_reach_the_script(given, status, clean):
 def test_torchrun_in_front(clean):
     text = REPORT.replace('sys.exit(7)', '').replace('print(', f'open("{clean}/" + os.environ["RANK"], "w").write(')
     path = script(clean / 'train.py', text)
-    front = [Path(sys.executable).with_name('torchrun'), '--nproc_per_node=2']
+    front = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2']
     result = run('train', '--script', path, '--epochs', 3, front=front)
     assert result.returncode == 0, result.stderr
     for rank in ('0', '1'):
@@ -156,8 +155,9 @@ def published(clean, monkeypatch):
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setenv('NO_PROXY', '127.0.0.1')
     monkeypatch.setattr(scripts, 'URL', f'http://127.0.0.1:{server.server_port}/v{{version}}/{{name}}.py')
-    monkeypatch.setattr(scripts, 'DIGESTS', {'9.8.7': dict(train=hashlib.sha256(content).hexdigest())})
-    monkeypatch.setattr(timm, '__version__', '9.8.7')
+    monkeypatch.setattr(scripts, 'DIGESTS', dict(train=hashlib.sha256(content).hexdigest()))
+    monkeypatch.setattr(scripts, 'VERSION', '9.8.7')
+    monkeypatch.setattr(scripts, 'version', lambda name: '9.8.7')
     yield page
     server.shutdown()
     server.server_close()
@@ -182,7 +182,7 @@ def test_altered_download_is_refused(published):
 
 
 def test_newer_timm_gets_the_newest_known_script(published, monkeypatch, capsys):
-    monkeypatch.setattr(timm, '__version__', '9.9.0')
+    monkeypatch.setattr(scripts, 'version', lambda name: '9.9.0')
     assert find_script('train').read_bytes() == published.read_bytes()
     assert 'takes train.py of timm 9.8.7, the newest that it was tested with, for timm 9.9.0' in capsys.readouterr().err
 

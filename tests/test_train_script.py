@@ -58,7 +58,7 @@ def run(*command, cwd, check=True, front=(sys.executable,)):
 
 def arguments(recipe, data, cwd, *args):
     return [str(arg) for arg in (
-        'train', '-c', recipe, '--data-dir', data, '--device', 'cpu', '--no-prefetcher', '-j', 1, '-b', 16,
+        'train', '-c', recipe, '--dataset', f'hfds/{data}', '--device', 'cpu', '--no-prefetcher', '-j', 1, '-b', 16,
         '--checkpoint-hist', 100, '--output', cwd, '--experiment', 'run', *args)]
 
 
@@ -148,7 +148,7 @@ def test_two_processes_train_like_one(split, data, tmp_path):
     train('cifar10/awm_resnet14_cifar', data, tmp_path, *args, '-b', 64 // share)
     log = train(
         'cifar10/awm_resnet14_cifar', data, tmp_path, *args, '-b', 32 // share, '--experiment', 'two',
-        '--device-modules', 'ranks_equal', front=TORCHRUN)
+        '--device-modules', 'ddp_on_cpu', 'ranks_equal', front=TORCHRUN)
     assert epochs(log.stderr) == [(str(i), 'bm'[i % 2]) for i in range(6)]
     assert log.stdout.count('equal after epoch') == 12
     one, two = (load_state_dict(str(tmp_path / name / 'last.pth.tar')) for name in ('run', 'two'))
@@ -185,7 +185,7 @@ def workers(agent):
 
 
 def test_elastic_restart_goes_on_in_the_right_phase(data, tmp_path):
-    args = (*PERIOD_2, '--epochs', 8, '--no-aug', '--resume', 'auto')
+    args = (*PERIOD_2, '--epochs', 8, '--no-aug', '--device-modules', 'ddp_on_cpu', '--resume', 'auto')
     recipe = 'cifar10/awm_resnet14_cifar'
     train(recipe, data, tmp_path, *args, front=TORCHRUN)
     command = [*TORCHRUN, '--max-restarts=2', '-m', 'timm_awm', *arguments(
@@ -236,7 +236,6 @@ def test_killed_anywhere_and_resumed(data, tmp_path, kills=4, count=16, seed=0):
 
 
 @pytest.mark.parametrize('args, message', [
-    (('--data-dir', '', '--dataset', 'hfds//no/such'), "data folder '/no/such' does not exist"),
     (('--model-kwargs', 'awm=False'), 'found no AWM merge.*--opt sgd'),
     (('--opt-kwargs', 'base=sgd', 'period=1.5'), 'period must be a whole number.*got 1.5'),
     (('--opt-kwargs', 'base=adamv', 'period=1'), "Unknown base optimizer 'adamv', the nearest is 'adam"),
@@ -250,7 +249,7 @@ def test_errors_reach_the_user(args, message, data, tmp_path):
 @pytest.mark.parametrize('front', [(sys.executable,), TORCHRUN], ids=['one', 'two-processes'])
 def test_merges_and_classifier_alone(front, data, tmp_path):
     args = ('--opt-kwargs', 'base=adamw', 'train=merge+head', '--lr', .01, '--no-aug', '--epochs', 3)
-    args += ('--device-modules', 'ranks_equal') if front is TORCHRUN else ()
+    args += ('--device-modules', 'ddp_on_cpu', 'ranks_equal') if front is TORCHRUN else ()
     result = train('cifar10/awm_resnet14_cifar', data, tmp_path, *args, front=front)
     folder = tmp_path / 'run'
     assert epochs(result.stderr) == [('0', 'm'), ('1', 'm'), ('2', 'm')]

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from .analysis import collect_mixing_weights, plot_profile
 from .hub import save_for_hub
+from .train_script import pad4_crop
 from .utils import new_folder
 
 matplotlib.use('Agg')  # before pyplot is imported, for machines without a screen
@@ -115,7 +116,8 @@ def _loaders(model: nn.Module, seed: int) -> Tuple[DataLoader, DataLoader]:
         input_size=config['input_size'], mean=config['mean'], std=config['std'], crop_pct=config['crop_pct'],
         batch_size=64, num_workers=0, persistent_workers=False, use_prefetcher=False)
     train = create_loader(
-        Digits(x_train, y_train), is_training=True, train_crop_mode='pad4', hflip=0., color_jitter=None, **common)
+        Digits(x_train, y_train), is_training=True, hflip=0., color_jitter=None, **common)
+    train.dataset.transform.transforms[:1] = pad4_crop(config['input_size'][1:])
     return train, create_loader(Digits(x_test, y_test), **common)
 
 

@@ -10,33 +10,21 @@ import sys
 import zipfile
 import zlib
 from http.client import HTTPException
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Dict, List, NoReturn, Optional, Sequence
 
-import timm
 import torch
 import yaml
 
 __all__ = ['find_checkpoint', 'find_recipe', 'find_script', 'recipes', 'run_train', 'run_with_plugin']
 
-# SHA-256 of timm's scripts, at the tags whose scripts timm_awm is tested with
-DIGESTS: Dict[str, Dict[str, str]] = {
-    '1.0.26': dict(
-        train='4dbf00cb971ac246ead5fd37ae4dfb3b9183864962cc2c819f7c2706582ec1f7',
-        validate='ac3f1c64480bee4f1dba28fc2dd8dcd205c38fcd1002b26e0e3013cdb5ae0b0f',
-        benchmark='c2257b70ef9cd6e1dbc19a86cc5d0daea0505649a82352add58013d0382ed1ba',
-    ),
-    '1.0.27': dict(
-        train='1fb02d26fe16536bc7de2c987980644353117c2b2b8046532261464093cd1ac6',
-        validate='ac3f1c64480bee4f1dba28fc2dd8dcd205c38fcd1002b26e0e3013cdb5ae0b0f',
-        benchmark='c2257b70ef9cd6e1dbc19a86cc5d0daea0505649a82352add58013d0382ed1ba',
-    ),
-    '1.0.28': dict(
-        train='1fb02d26fe16536bc7de2c987980644353117c2b2b8046532261464093cd1ac6',
-        validate='1ff87867c808997ce443eb8ff8b2c7324519cdd0ec9dafbc3d5e666f89436749',
-        benchmark='c2257b70ef9cd6e1dbc19a86cc5d0daea0505649a82352add58013d0382ed1ba',
-    ),
-}
+VERSION = '1.0.28'  # the newest tag of timm whose scripts timm_awm was tested with
+DIGESTS = dict(  # SHA-256 of its scripts
+    train='1fb02d26fe16536bc7de2c987980644353117c2b2b8046532261464093cd1ac6',
+    validate='1ff87867c808997ce443eb8ff8b2c7324519cdd0ec9dafbc3d5e666f89436749',
+    benchmark='c2257b70ef9cd6e1dbc19a86cc5d0daea0505649a82352add58013d0382ed1ba',
+)
 URL = 'https://raw.githubusercontent.com/huggingface/pytorch-image-models/v{version}/{name}.py'
 RUN_WITH_PLUGIN = (
     'import os, runpy, sys; del sys.argv[0]; sys.path[0] = os.path.dirname(os.path.abspath(sys.argv[0])); '
@@ -47,8 +35,7 @@ def find_script(name: str, given: Optional[str] = None) -> Path:
     """Where a script of timm is: as given, beside TIMM_TRAIN_SCRIPT, in the working directory, or in the cache, into
     which it is downloaded if it is not there.
 
-    The cache is below `torch.hub.get_dir()`. It holds what timm published under the tag of the installed version or, if
-    we do not know that version, under the newest tag that we know.
+    The cache is below `torch.hub.get_dir()`. It holds what timm published under the tag `VERSION`.
 
     Args:
         name: 'train', 'validate' or 'benchmark'.
@@ -67,27 +54,27 @@ def find_script(name: str, given: Optional[str] = None) -> Path:
             return Path(named)
     beside = [Path(train).with_name(f'{name}.py')] if train else []
     for path in (*beside, Path(f'{name}.py')):
-        if path.is_file() and 'Ross Wightman' in path.read_text(errors='replace'):  # who signs timm's scripts
+        # who signs timm's scripts
+        if path.is_file() and 'Ross Wightman' in path.read_text(encoding='utf-8', errors='replace'):
             return path
     return _cached_script(name)
 
 
 def _cached_script(name: str) -> Path:
-    version = timm.__version__
-    if version not in DIGESTS:
-        version = list(DIGESTS)[-1]
-        _say(f'takes {name}.py of timm {version}, the newest that it was tested with, for timm {timm.__version__}')
-    digest = DIGESTS[version][name]
-    path = Path(torch.hub.get_dir(), 'timm_awm', version, f'{name}.py')
+    installed = version('timm')
+    if installed != VERSION:
+        _say(f'takes {name}.py of timm {VERSION}, the newest that it was tested with, for timm {installed}')
+    digest = DIGESTS[name]
+    path = Path(torch.hub.get_dir(), 'timm_awm', VERSION, f'{name}.py')
     if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != digest:
-        url = URL.format(version=version, name=name)
+        url = URL.format(version=VERSION, name=name)
         _say(f'downloads {url}')
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(url, str(path), hash_prefix=digest, progress=False)
         except (OSError, RuntimeError, HTTPException) as error:
             raise RuntimeError(
-                f"Cannot get timm's {name}.py from {url}: {error}. Clone timm at the tag v{version} and name the "
+                f"Cannot get timm's {name}.py from {url}: {error}. Clone timm at the tag v{VERSION} and name the "
                 'script with --script or TIMM_TRAIN_SCRIPT.') from error
     return path
 
@@ -200,7 +187,7 @@ def run_train(
 
 def _read_config(path: Path) -> Dict[str, Any]:
     try:
-        config = yaml.safe_load(path.read_text())
+        config = yaml.safe_load(path.read_text(encoding='utf-8'))
     except yaml.YAMLError as error:
         raise ValueError(f'{path} is no YAML file: {error}') from error
     if not isinstance(config, dict):

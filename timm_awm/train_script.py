@@ -1,15 +1,15 @@
-"""The one file that changes anything in timm, and only where timm's train.py is the running script.
+"""The one file that changes anything in timm, and only inside timm's train.py (`--device-modules timm_awm`).
 
-`install()` runs when timm_awm is imported. In train.py (`--device-modules timm_awm`) it tells the optimizer which epoch
-starts and the summary which phase it was, adds the crop mode `pad4`, and lets several processes train in phases.
+It tells the optimizer which epoch starts and the summary which phase it was, adds the crop mode 'pad4', and lets DDP
+train in phases.
 """
 import functools
 import inspect
 import sys
 from types import ModuleType
-from typing import Any, Callable, Iterable, Optional
+from typing import Any, Callable, List, Optional
 
-import timm.optim
+import timm
 import timm.task
 from timm.data import transforms_factory
 from timm.data.transforms import RandomResizedCropAndInterpolation
@@ -17,22 +17,30 @@ from torchvision import transforms
 
 from . import optim
 
-__all__ = ['install']
+__all__ = ['pad4_crop']
+
+_MARK = '_timm_awm'  # on our wrappers, so that a reload wraps nothing twice
+
+
+def pad4_crop(img_size: Any) -> List[Any]:
+    """The paper's crop for training: resize, pad by 4 zeros, crop at random. An integer size stands for a square."""
+    size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
+    return [transforms.Resize(size), transforms.RandomCrop(size, padding=4)]
 
 
 def install() -> None:
-    """Wraps what train.py calls, once; does nothing in other scripts."""
-    main = sys.modules['__main__']
-    if not _is_timm_train_script(main):
+    """Replaces functions of timm if timm's train.py is the running script, and nothing otherwise."""
+    main: Any = sys.modules['__main__']
+    if not _is_train_script(main):
         return
     _wrap(main, 'train_one_epoch', _with_epoch_clock)
     _wrap(transforms_factory, 'transforms_imagenet_train', _with_pad4)
-    for task in vars(timm.task).values():
-        if 'prepare_distributed' in getattr(task, '__dict__', ()):
+    for task in list(vars(timm.task).values()):
+        if inspect.isclass(task) and 'prepare_distributed' in vars(task):
             _wrap(task, 'prepare_distributed', _with_unused_parameters)
 
 
-def _is_timm_train_script(module: ModuleType) -> bool:
+def _is_train_script(module: ModuleType) -> bool:
     """Whether a module is timm's train.py with the `train_one_epoch(epoch, ...)` of the versions we know."""
     train_one_epoch = getattr(module, 'train_one_epoch', None)
     return (
@@ -44,9 +52,9 @@ def _is_timm_train_script(module: ModuleType) -> bool:
 
 def _wrap(owner: Any, name: str, wrapper: Callable[[Callable], Callable]) -> None:
     function = getattr(owner, name)
-    if not hasattr(function, '_wrapped_by_timm_awm'):  # if this file is loaded again
-        wrapped: Any = functools.wraps(function)(wrapper(function))
-        wrapped._wrapped_by_timm_awm = True
+    if not hasattr(function, _MARK):
+        wrapped = functools.wraps(function)(wrapper(function))
+        setattr(wrapped, _MARK, True)
         setattr(owner, name, wrapped)
 
 
@@ -63,7 +71,6 @@ def _with_epoch_clock(train_one_epoch: Callable) -> Callable:
 
 
 def _with_pad4(transforms_imagenet_train: Callable) -> Callable:
-    """Adds the paper's crop, zero-pad 4 and crop at random, as `--train-crop-mode pad4`; timm has none like it."""
     def with_pad4(img_size: Any = 224, *args: Any, train_crop_mode: Optional[str] = None, **kwargs: Any) -> Any:
         if train_crop_mode != 'pad4':
             return transforms_imagenet_train(img_size, *args, train_crop_mode=train_crop_mode, **kwargs)
@@ -73,19 +80,18 @@ def _with_pad4(transforms_imagenet_train: Callable) -> Callable:
             raise RuntimeError(
                 f'train_crop_mode pad4 cannot replace the first transform of timm {timm.__version__}, {steps[0]!r}: '
                 'use one of the timm versions that timm_awm was tested with.')
-        size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
-        steps[:1] = [transforms.Resize(size), transforms.RandomCrop(size, padding=4)]
+        steps[:1] = pad4_crop(img_size)
         return result
 
     return with_pad4
 
 
 def _with_unused_parameters(prepare_distributed: Callable) -> Callable:
-    """Where timm wraps a model in DDP: DDP waits for the gradients of a frozen side, unless it may look for unused
-    parameters."""
-    def with_unused_parameters(self: Any, device_ids: Optional[Iterable[Any]] = None, **ddp_kwargs: Any) -> Any:
+    """DDP waits for the gradients of a frozen side, unless it may look for unused parameters."""
+
+    def with_unused_parameters(self: Any, *args: Any, **kwargs: Any) -> Any:
         if any(optimizer.schedule.period for optimizer in optim.live()):
-            ddp_kwargs['find_unused_parameters'] = True
-        return prepare_distributed(self, device_ids=device_ids, **ddp_kwargs)
+            kwargs['find_unused_parameters'] = True
+        return prepare_distributed(self, *args, **kwargs)
 
     return with_unused_parameters

@@ -1,1 +1,1 @@
-"""The command `timm-awm`, one file a command. A package of its own, since importing timm_awm imports torch."""
+"""The command line of timm_awm, one module a command."""

@@ -1,11 +1,10 @@
-import argparse
-import fnmatch
-import shutil
+"""`timm-awm recipes`: list, show or copy recipes for training."""
+from argparse import ArgumentParser, Namespace
 
 HELP = 'list, show or copy recipes for training'
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: ArgumentParser) -> None:
     parser.description = 'Lists the recipes, shows one, or copies one to be changed.'
     parser.epilog = (
         "Example: timm-awm recipes 'imagenet/*'; timm-awm recipes --show cifar10/awm_resnet20_cifar; "
@@ -16,14 +15,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     action.add_argument('--copy', metavar=('RECIPE', 'FILE'), nargs=2, help='copy a recipe to a new file')
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: Namespace) -> None:
+    import fnmatch
+
     from timm_awm import scripts
     if args.show is not None:
         print(scripts.find_recipe(args.show).read_text(encoding='utf-8'), end='')
     elif args.copy:
         name, goal = args.copy
-        with scripts.find_recipe(name).open('rb') as source, open(goal, 'xb') as file:
-            shutil.copyfileobj(source, file)
+        recipe = scripts.find_recipe(name).read_bytes()
+        with open(goal, 'xb') as file:
+            file.write(recipe)
         print(f'{goal}: start it with timm-awm train -c {goal}')
     else:
         names = fnmatch.filter(scripts.recipes(), args.pattern)

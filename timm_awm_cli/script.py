@@ -1,26 +1,31 @@
-"""The commands `validate` and `benchmark`: timm's own scripts with the plugin loaded."""
-import argparse
+"""`timm-awm validate` and `timm-awm benchmark`: timm's own scripts with the models of timm_awm."""
+from argparse import ArgumentParser, Namespace
 
-HELP = "run timm's own {name}.py"
 TAKES_REST = True
-EXAMPLES = dict(
-    validate='timm-awm validate --model awm_resnet20_cifar --checkpoint output/train/RUN/last.pth.tar --num-classes 10 '
-             '--dataset hfds/uoft-cs/cifar10 --input-key img --target-key label --split test',
-    benchmark='timm-awm benchmark --model awm_resnet50 --bench train -b 64 --amp',
-    train='timm-awm train -c cifar10/awm_resnet20_cifar --epochs 24 --decay-milestones 11 18; with several processes: '
-          'torchrun --nproc_per_node=2 -m timm_awm train -c ...')
+
+HELP = "run timm's own validate.py or benchmark.py"
+EXAMPLES = {
+    'validate': 'timm-awm validate --model awm_resnet20_cifar --checkpoint output/train/RUN/last.pth.tar '
+                '--num-classes 10 --dataset hfds/uoft-cs/cifar10 --input-key img --target-key label --split test',
+    'benchmark': 'timm-awm benchmark --model awm_resnet50 --bench train -b 64 --amp',
+}
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    name = parser.prog.split()[-1]
+def add_arguments(parser: ArgumentParser) -> None:
+    name = parser.prog.split()[-1]  # one module for two commands
+    describe(parser, name, EXAMPLES[name])
+    parser.set_defaults(script_name=name)
+
+
+def describe(parser: ArgumentParser, name: str, example: str) -> None:
     parser.description = (
-        f"Finds timm's own {name}.py, unmodified, loads timm_awm into it and runs it. Without --script it is looked for "
-        'beside TIMM_TRAIN_SCRIPT, in the working directory and in the cache, and else downloaded. All other arguments '
-        f'are those of {name}.py: timm-awm {name} -- --help shows them.')
-    parser.epilog = f'Example: {EXAMPLES[name]}'
+        f"Runs timm's own {name}.py, unmodified, with timm_awm loaded. Without --script it is looked for beside "
+        'TIMM_TRAIN_SCRIPT, in the working directory and in the cache, and else downloaded. All other arguments are '
+        f'those of {name}.py: timm-awm {name} -- --help shows them.')
+    parser.epilog = f'Example: {example}'
     parser.add_argument('--script', metavar='FILE', help=f"timm's {name}.py")
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: Namespace) -> None:
     from timm_awm import scripts
-    scripts.run_with_plugin(scripts.find_script(args.command, args.script), args.rest)
+    scripts.run_with_plugin(scripts.find_script(args.script_name, args.script), args.rest)

@@ -1,13 +1,18 @@
-import argparse
+"""`timm-awm train`: timm's own train.py with timm_awm loaded."""
+from argparse import ArgumentParser, Namespace
 
-from . import script
+from .script import describe
 
-HELP = "run timm's own train.py"
 TAKES_REST = True
 
+HELP = "run timm's own train.py"
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    script.add_arguments(parser)
+
+def add_arguments(parser: ArgumentParser) -> None:
+    describe(
+        parser, 'train',
+        'timm-awm train -c cifar10/awm_resnet20_cifar --epochs 24 --decay-milestones 11 18; with several processes: '
+        'torchrun --nproc_per_node=2 -m timm_awm train -c ...')
     parser.add_argument('-c', '--config', metavar='FILE', help='a YAML file, or a recipe (timm-awm recipes)')
     parser.add_argument('--output', metavar='DIR', help='folder for runs (output/train)')
     parser.add_argument('--experiment', metavar='NAME', help="name of the run's folder in it")
@@ -18,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--device-modules', nargs='+', metavar='NAME', help='modules to import besides timm_awm')
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: Namespace) -> None:
     from timm_awm import scripts
     scripts.run_train(
         scripts.find_script('train', args.script),

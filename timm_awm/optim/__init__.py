@@ -1,5 +1,5 @@
 from timm.optim import OptimInfo
-from timm.optim._optim_factory import default_registry  # private: there is no other
+from timm.optim._optim_factory import default_registry
 
 from .alternating import Alternating, live, set_epoch
 from .schedule import PhaseSchedule

@@ -12,9 +12,9 @@ from timm.optim import create_optimizer_v2, list_optimizers
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..layers import merge_parameters
-from ..models.builder import classifier_parameters
-from .schedule import BACKBONE, JOINT, MERGE, PhaseSchedule, check_whole
+from ..layers import merge_parameters, renew_compiled_guards
+from ..models._awm import classifier_parameters
+from .schedule import BACKBONE, JOINT, MERGE, PhaseSchedule, require_int
 
 __all__ = ['Alternating', 'live', 'set_epoch']
 
@@ -170,7 +170,7 @@ class Alternating(Optimizer):
         Raises:
             ValueError: The epoch is no whole number of at least 0.
         """
-        check_whole('epoch', epoch, 0)
+        require_int('epoch', epoch, 0)
         for group in self.param_groups:
             group['epoch'] = int(epoch)
         self._freeze()

@@ -3,7 +3,7 @@ from dataclasses import dataclass
 from numbers import Integral
 from typing import Optional
 
-__all__ = ['BACKBONE', 'MERGE', 'JOINT', 'PhaseSchedule', 'check_whole']
+__all__ = ['BACKBONE', 'MERGE', 'JOINT', 'PhaseSchedule', 'require_int']
 
 BACKBONE = 'backbone'
 MERGE = 'merge'
@@ -27,11 +27,11 @@ class PhaseSchedule:
     constant: str = JOINT
 
     def __post_init__(self) -> None:
-        check_whole('period', self.period, 0)
+        require_int('period', self.period, 0)
         if self.merge_period is not None:
             if self.period == 0:
                 raise ValueError('merge_period makes no sense with period=0, which trains both sides jointly.')
-            check_whole('merge_period', self.merge_period, 1)
+            require_int('merge_period', self.merge_period, 1)
 
     def phase(self, epoch: int) -> str:
         """The phase of an epoch, counted from 0: BACKBONE, MERGE or JOINT."""
@@ -41,7 +41,7 @@ class PhaseSchedule:
         return BACKBONE if epoch % cycle < self.period else MERGE
 
 
-def check_whole(name: str, value: object, least: int) -> None:
+def require_int(name: str, value: object, least: int) -> None:
     """
     Raises:
         ValueError: The value is no whole number, or less than the least.

@@ -1,0 +1,125 @@
+import importlib.util
+import inspect
+import os
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import timm
+import timm.task
+import torch
+from PIL import Image
+from timm.data import create_transform, transforms_factory
+from timm.optim import create_optimizer_v2, list_optimizers
+from timm.task import ClassificationTask
+from torchvision.transforms.functional import pil_to_tensor
+
+from timm_awm import train_script
+
+
+def script(train_one_epoch=None, create=create_optimizer_v2):
+    module = ModuleType('__main__')
+    module.create_optimizer_v2 = create
+    if train_one_epoch is not None:
+        module.train_one_epoch = train_one_epoch
+    return module
+
+
+@pytest.fixture
+def inside_train_py(monkeypatch):
+    """The running script is like train.py; what is replaced in timm is put back afterwards."""
+    module = script(lambda epoch, result: result)
+    monkeypatch.setitem(sys.modules, '__main__', module)
+    monkeypatch.setattr(transforms_factory, 'transforms_imagenet_train', transforms_factory.transforms_imagenet_train)
+    for task in vars(timm.task).values():
+        if 'prepare_distributed' in getattr(task, '__dict__', ()):
+            monkeypatch.setattr(task, 'prepare_distributed', task.prepare_distributed)
+    train_script.install()
+    return module
+
+
+def replaceable():
+    return transforms_factory.transforms_imagenet_train, ClassificationTask.prepare_distributed
+
+
+def picture(size=32):
+    torch.manual_seed(0)
+    return Image.fromarray(torch.randint(1, 256, (size, size, 3), dtype=torch.uint8).numpy())
+
+
+def training_transform(**kwargs):
+    return create_transform(
+        (3, 32, 32), is_training=True, color_jitter=None, mean=(0., 0., 0.), std=(1., 1., 1.), **kwargs)
+
+
+@pytest.mark.parametrize('separate', [False, True])
+def test_pad4_crops_the_zero_padded_image_at_random(separate, inside_train_py):
+    image = picture()
+    padded = torch.nn.functional.pad(pil_to_tensor(image), (4, 4, 4, 4))
+    windows = {(y, x): padded[:, y:y + 32, x:x + 32] for y in range(9) for x in range(9)}
+    transform = training_transform(train_crop_mode='pad4', hflip=0., separate=separate, use_prefetcher=True)
+    seen = set()
+    for _ in range(300):
+        out = image
+        for part in transform if separate else [transform]:
+            out = part(out)
+        seen.add(next(offset for offset, crop in windows.items() if torch.equal(crop, torch.as_tensor(out))))
+    assert {y for y, _ in seen} == {x for _, x in seen} == set(range(9))
+
+
+def test_pad4_resizes(inside_train_py):
+    transform = training_transform(train_crop_mode='pad4', use_prefetcher=True)
+    assert transform(picture(48)).shape == (3, 32, 32)
+
+
+def test_pad4_refuses_a_timm_that_crops_in_another_place():
+    with_pad4 = train_script._with_pad4(lambda *args, **kwargs: train_script.transforms.Compose([torch.nn.Identity()]))
+    with pytest.raises(RuntimeError, match=f'timm {timm.__version__}, Identity.*tested with'):
+        with_pad4(32, train_crop_mode='pad4')
+
+
+def test_the_optimizer_is_in_timms_registry():
+    assert 'alternating' in list_optimizers()
+    model = timm.create_model('awm_resnet14_cifar')
+    optimizer = create_optimizer_v2(
+        model, opt='alternating', lr=.1, momentum=.8, weight_decay=1e-4, base='sgd', period=2, filter_bias_and_bn=False)
+    for group in optimizer.param_groups:
+        assert (group['lr'], group['momentum'], group['weight_decay'], group['nesterov']) == (.1, .8, 1e-4, True)
+
+
+@pytest.mark.parametrize('module', [
+    script(),
+    script(train_one_epoch=lambda model, epoch: None),
+    script(train_one_epoch=lambda epoch, model: None, create=print),
+    script(train_one_epoch='epoch'),
+])
+def test_other_scripts_and_timm_in_them_are_left_alone(module, monkeypatch):
+    monkeypatch.setitem(sys.modules, '__main__', module)
+    before, functions = dict(vars(module)), replaceable()
+    train_script.install()
+    assert vars(module) == before
+    assert replaceable() == functions
+    assert all(inspect.getmodule(function).__name__.startswith('timm.') for function in functions)
+
+
+def test_a_second_import_wraps_nothing_twice(inside_train_py):
+    before = inside_train_py.train_one_epoch, *replaceable()
+    importlib.reload(train_script).install()
+    assert (inside_train_py.train_one_epoch, *replaceable()) == before
+
+
+def test_train_py_gets_the_clock_and_the_summary_the_phase(inside_train_py):
+    optimizer = create_optimizer_v2(timm.create_model('awm_resnet14_cifar'), opt='alternating', lr=.1, period=2)
+    assert inside_train_py.train_one_epoch(3, result=dict(loss=1)) == dict(loss=1, phase='merge')
+    assert (optimizer.epoch, optimizer.phase) == (3, 'merge')
+    assert inside_train_py.train_one_epoch(4, result=None) is None
+    assert optimizer.phase == 'backbone'
+
+
+@pytest.mark.skipif('TIMM_TRAIN_SCRIPT' not in os.environ, reason="needs timm's train.py")
+def test_timms_train_py_is_recognised(monkeypatch):
+    path = Path(os.environ['TIMM_TRAIN_SCRIPT'])
+    module = importlib.util.module_from_spec(importlib.util.spec_from_file_location('train_py', path))
+    module.__spec__.loader.exec_module(module)
+    assert train_script._is_train_script(module)
