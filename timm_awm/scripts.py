@@ -7,8 +7,6 @@ import os
 import re
 import shlex
 import sys
-import zipfile
-import zlib
 from http.client import HTTPException
 from importlib.metadata import version
 from pathlib import Path
@@ -17,7 +15,7 @@ from typing import Any, Dict, List, NoReturn, Optional, Sequence
 import torch
 import yaml
 
-__all__ = ['find_checkpoint', 'find_recipe', 'find_script', 'recipes', 'run_train', 'run_with_plugin']
+__all__ = ['find_recipe', 'find_script', 'recipes', 'run_train', 'run_with_plugin']
 
 VERSION = '1.0.28'  # the newest tag of timm whose scripts timm_awm was tested with
 DIGESTS = dict(  # SHA-256 of its scripts
@@ -104,37 +102,6 @@ def find_recipe(name: str) -> Path:
     return known[recipe]
 
 
-def find_checkpoint(folder: Path) -> Optional[Path]:
-    """The newest whole checkpoint of an epoch's end that train.py left in a folder, or None.
-
-    A run that was killed may leave a checkpoint half-written, or the newest one only under the name that timm gives it
-    before it takes the place of `last.pth.tar`. Recovery checkpoints are of the middle of an epoch, whose rest train.py
-    would leave out: they are not taken.
-
-    Raises:
-        ValueError: All checkpoints are damaged.
-    """
-    numbered = {
-        int(match[1]): path
-        for path in folder.glob('*') if (match := re.fullmatch(r'checkpoint-(\d+)\.pth\.tar', path.name))
-    }
-    kept = [*folder.glob('last.pth.tar'), *(numbered[epoch] for epoch in sorted(numbered, reverse=True))]
-    for path in (*folder.glob('tmp.pth.tar'), *kept):
-        if _is_whole(path):
-            return path
-    if kept:
-        raise ValueError(f'Every checkpoint in {str(folder)!r} is damaged: move the folder away to start again.')
-    return None
-
-
-def _is_whole(path: Path) -> bool:
-    try:
-        with zipfile.ZipFile(path) as file:
-            return file.testzip() is None
-    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, ValueError):  # what damage can raise
-        return False
-
-
 def run_train(
         script: Path,
         args: Sequence[str],
@@ -173,7 +140,9 @@ def run_train(
             raise ValueError('--resume auto needs --experiment NAME, for without it each start makes a new folder.')
         if any(arg.partition('=')[0] == '--start-epoch' for arg in args):
             raise ValueError('--resume auto takes the epoch from the checkpoint: leave --start-epoch out.')
-        checkpoint = find_checkpoint(Path(output or defaults.get('output') or 'output/train', str(name)))
+        from .hub.run import TrainingRun  # which names recipes by this file
+        folder = Path(output or defaults.get('output') or 'output/train', str(name))
+        checkpoint = TrainingRun(folder).last_checkpoint()
         _say(f'resumes from {checkpoint}' if checkpoint else 'has no checkpoint to resume from, starts the run')
         resume = str(checkpoint or '')
     for flag, value in (('--output', output), ('--experiment', experiment), ('--resume', resume)):

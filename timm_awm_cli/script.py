@@ -3,7 +3,7 @@ from argparse import ArgumentParser, Namespace
 
 TAKES_REST = True
 
-HELP = "run timm's own validate.py or benchmark.py"
+HELP = "run timm's own {name}.py"
 EXAMPLES = {
     'validate': 'timm-awm validate --model awm_resnet20_cifar --checkpoint output/train/RUN/last.pth.tar '
                 '--num-classes 10 --dataset hfds/uoft-cs/cifar10 --input-key img --target-key label --split test',
@@ -14,7 +14,6 @@ EXAMPLES = {
 def add_arguments(parser: ArgumentParser) -> None:
     name = parser.prog.split()[-1]  # one module for two commands
     describe(parser, name, EXAMPLES[name])
-    parser.set_defaults(script_name=name)
 
 
 def describe(parser: ArgumentParser, name: str, example: str) -> None:
@@ -28,4 +27,4 @@ def describe(parser: ArgumentParser, name: str, example: str) -> None:
 
 def run(args: Namespace) -> None:
     from timm_awm import scripts
-    scripts.run_with_plugin(scripts.find_script(args.script_name, args.script), args.rest)
+    scripts.run_with_plugin(scripts.find_script(args.command, args.script), args.rest)

@@ -1,14 +1,16 @@
 """The model card of a Hub folder."""
 import json
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, List, Mapping, Optional
 
+import timm
+import torch
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from torch import nn
 
+from .. import __version__
 from ..layers import count_parameters
 
 __all__ = ['OWNER', 'Measured', 'Training', 'describe', 'write_card']
@@ -208,6 +210,6 @@ def _training(folder: Path, training: Training) -> str:
         '',
         *(f'- {key}: {value}' for key, value in settings),
         '',
-        f'Written with timm_awm {version("timm-awm")}, timm {version("timm")}, torch {version("torch")}.',
+        f'Written with timm_awm {__version__}, timm {timm.__version__}, torch {torch.__version__}.',
     ]
     return '\n'.join(lines)

@@ -12,8 +12,8 @@ from timm.optim import create_optimizer_v2, list_optimizers
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..layers import merge_parameters, renew_compiled_guards
-from ..models._awm import classifier_parameters
+from ..layers import merge_parameters
+from ..models.builder import classifier_parameters
 from .schedule import BACKBONE, JOINT, MERGE, PhaseSchedule, require_int
 
 __all__ = ['Alternating', 'live', 'set_epoch']

@@ -1,0 +1,50 @@
+import argparse
+from pathlib import Path
+
+from .main import positive_int
+
+HELP = 'look at what the merges of trained models do with images'
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        'Infers lambda of every merge for every image of a data set. Leaves lambda over the depth and by class, the '
+        'images with the highest and the lowest sum of lambda1 (ResNets), the share of the variance of lambda that '
+        'lies between classes, the accuracy with merges set back to the identity, and with --train-split what PCA and '
+        'LDA tell of the class from lambda and from pixels: summary.json, profile.csv and figures, and in one folder '
+        'for each model lambda.npz, classes.csv and figures.')
+    parser.epilog = (
+        'Example: timm-awm analyze local-dir:awm_resnet20_cifar.t3_c10 --dataset hfds/uoft-cs/cifar10 --input-key img '
+        '--target-key label --split test --train-split train; timm-awm analyze awm_resnet14_cifar awm_resnet20_cifar '
+        '--checkpoint a/last.pth.tar b/last.pth.tar --data-dir images')
+    parser.add_argument(
+        'models', nargs='+', metavar='MODEL', help='AWM models as timm names them, hf-hub:... and local-dir:... too')
+    parser.add_argument(
+        '--checkpoint', nargs='+', default=[], metavar='FILE',
+        help="of train.py, one for each model (the models' own weights)")
+    parser.add_argument('--num-classes', type=positive_int, metavar='N', help="(the models' own)")
+    parser.add_argument('--model-kwargs', nargs='*', default=[], metavar='NAME=VALUE')
+    data = parser.add_argument_group("data, as for timm's validate.py; sizes and normalisation are the models' own")
+    data.add_argument('--dataset', default='', metavar='TYPE/NAME', help='such as hfds/uoft-cs/cifar10 (image folders)')
+    data.add_argument('--data-dir', metavar='DIR', help='root of the data set')
+    data.add_argument('--split', default='validation', help='split to analyse (%(default)s)')
+    data.add_argument('--train-split', metavar='SPLIT', help='split to fit PCA and LDA on (left out)')
+    data.add_argument('--input-key', metavar='KEY', help='column of the images')
+    data.add_argument('--target-key', metavar='KEY', help='column of the labels')
+    data.add_argument('--num-images', type=positive_int, metavar='N', help='of each split, drawn at random (all)')
+    data.add_argument('-b', '--batch-size', type=positive_int, default=256, metavar='N', help='(%(default)s)')
+    data.add_argument('-j', '--workers', type=int, default=4, metavar='N', help='processes that load (%(default)s)')
+    parser.add_argument(
+        '--ablation', action=argparse.BooleanOptionalAction, default=True,
+        help='set back each merge in turn, and all: as many passes as merges, and two more (yes)')
+    parser.add_argument('--device', help='(an accelerator if there is one, else cpu)')
+    parser.add_argument(
+        '--output', type=Path, default=Path('timm-awm-analysis'), metavar='FOLDER', help='new folder (%(default)s)')
+
+
+def run(args: argparse.Namespace) -> None:
+    try:
+        from timm_awm import analysis
+    except ModuleNotFoundError as error:
+        raise RuntimeError(f'the analysis needs {error.name}: pip install ".[analysis]", as the README says') from error
+    analysis.run(args)
