@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         '--checkpoint', nargs='+', default=[], metavar='FILE',
         help="of train.py, one for each model (the models' own weights)")
     parser.add_argument('--num-classes', type=positive_int, metavar='N', help="(the models' own)")
-    parser.add_argument('--model-kwargs', nargs='*', default=[], metavar='NAME=VALUE')
+    parser.add_argument('--model-kwargs', nargs='*', default=[], metavar='NAME=VALUE', help="as of train.py")
     data = parser.add_argument_group("data, as for timm's validate.py; sizes and normalisation are the models' own")
     data.add_argument('--dataset', default='', metavar='TYPE/NAME', help='such as hfds/uoft-cs/cifar10 (image folders)')
     data.add_argument('--data-dir', metavar='DIR', help='root of the data set')
@@ -44,7 +44,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     try:
+        from timm.utils import ParseKwargs
+
         from timm_awm import analysis
     except ModuleNotFoundError as error:
         raise RuntimeError(f'the analysis needs {error.name}: pip install ".[analysis]", as the README says') from error
-    analysis.run(args)
+    # parsed here, since timm's parser imports torch
+    ParseKwargs(None, 'model_kwargs')(argparse.ArgumentParser(), args, args.model_kwargs)
+    analysis.analyze(args)

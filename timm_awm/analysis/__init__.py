@@ -1,22 +1,17 @@
-"""What the merges of trained networks do: the analyses behind the paper's Figs. 6, 7 and 10, and some more."""
-from .command import Settings, run
-from .observe import Ablation, Observed, ablate, collect_mixing_weights, identity_merges, observe
-from .plots import (
-    plot_ablations,
+"""What the merges of trained networks do: the analyses of the paper's Figs. 6, 7 and 10, and ablations."""
+from .ablation import Ablation, ablate, identity_merges, plot_ablations
+from .discriminant import as_features, cumulative_match, plot_cumulative_matches, reduce_pixels
+from .inputs import ImageData, create_model
+from .observe import Observed, collect_mixing_weights, observe
+from .profile import (
+    Profile,
+    between_class_share,
+    class_means,
     plot_class_means,
-    plot_contact_sheet,
-    plot_cumulative_matches,
     plot_path_profile,
     plot_profile,
     plot_profiles,
-)
-from .statistics import (
-    Profile,
-    as_features,
-    between_class_share,
-    class_means,
-    cumulative_match,
     profile,
-    rank_images,
-    reduce_pixels,
 )
+from .ranking import plot_contact_sheet, rank_images
+from .run import analyze

@@ -1,26 +1,77 @@
-"""Figures of what the merges do, after the paper's. They are matplotlib's own objects, made without pyplot."""
-from typing import TYPE_CHECKING, Dict, Mapping, Sequence, Tuple
+"""How the weights vary over the depth of a network (Fig. 6), from image to image and with the class."""
+from typing import Dict, Mapping, NamedTuple, Sequence, Tuple
 
 import numpy as np
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, ScalarFormatter
 from torch import Tensor
 
-from .observe import Ablation
-from .statistics import profile
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
 __all__ = [
-    'plot_profile', 'plot_profiles', 'plot_path_profile', 'plot_class_means', 'plot_ablations',
-    'plot_cumulative_matches', 'plot_contact_sheet']
+    'Profile', 'profile', 'class_means', 'between_class_share', 'plot_profile', 'plot_profiles', 'plot_path_profile',
+    'plot_class_means', 'depth_axes', 'label_merges']
 
 MERGES = 'merge, from the input to the output of the network'
 
 
-def plot_profile(lambdas: Dict[str, Tensor], ax: 'Axes', label: str = 'mean ± one standard deviation') -> None:
+class Profile(NamedTuple):
+    """Of one merge, over the images (Fig. 6), (paths,) each."""
+    mean: np.ndarray
+    std: np.ndarray
+
+
+def profile(lambdas: Mapping[str, Tensor]) -> Dict[str, Profile]:
+    """Mean and standard deviation of every λ.
+
+    Args:
+        lambdas: Name of the merge -> (images, paths), as from `observe`.
+
+    Returns:
+        Name of the merge -> its profile, in the same order.
+    """
+    return {name: Profile(value.double().mean(0).numpy(), value.double().std(0, correction=0).numpy())
+            for name, value in lambdas.items()}
+
+
+def class_means(values: np.ndarray, labels: np.ndarray) -> Tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The mean of each class.
+
+    Args:
+        values: (images, features).
+        labels: (images,), whole numbers.
+
+    Returns:
+        The classes that there are, ascending, (classes,); the images of each, (classes,); their means,
+        (classes, features).
+    """
+    classes, index, counts = np.unique(labels, return_inverse=True, return_counts=True)
+    sums = np.zeros((len(classes), values.shape[1]))
+    np.add.at(sums, index, values)
+    return classes, counts, sums / counts[:, None]
+
+
+def between_class_share(values: np.ndarray, labels: np.ndarray) -> float:
+    """The share of the variance that lies between the classes: that of their means, of all.
+
+    Labels drawn at random would have (classes - 1) / (images - 1) on average.
+
+    Args:
+        values: (images, features); the variances of several features are summed.
+        labels: (images,), whole numbers.
+
+    Returns:
+        From 0 to 1; NaN if all images have the same values.
+    """
+    values = values.astype(np.float64)
+    if not np.ptp(values, axis=0).any():  # the rounding of a mean would have a variance
+        return float('nan')
+    _, counts, means = class_means(values, labels)
+    mean = values.mean(0)
+    return float((counts[:, None] * (means - mean) ** 2).sum() / ((values - mean) ** 2).sum())
+
+
+def plot_profile(lambdas: Dict[str, Tensor], ax: Axes, label: str = 'mean ± one standard deviation') -> None:
     """Draw the mean of λ1, the weight of the convolutional branch, over the merges of a ResNet, and in a band around it
     the standard deviation over the images (Fig. 6).
 
@@ -34,7 +85,7 @@ def plot_profile(lambdas: Dict[str, Tensor], ax: 'Axes', label: str = 'mean ± o
     merges = range(1, len(lambdas) + 1)
     line, = ax.plot(merges, mean, marker='o', label=label)
     ax.fill_between(merges, mean - std, mean + std, color=line.get_color(), alpha=0.2)
-    _name_merges(ax, list(lambdas))
+    label_merges(ax, [list(lambdas)])
     ax.set_ylabel('λ1, the weight of the convolutions F(x)\n(the shortcut has 1 − λ1)')
 
 
@@ -44,14 +95,14 @@ def plot_profiles(models: Mapping[str, Dict[str, Tensor]]) -> Figure:
     Args:
         models: Label of the model -> its λ, as for `plot_profile`.
     """
-    figure, ax = _figure(max(map(len, models.values())))
+    ax = depth_axes(max(map(len, models.values())))
     for label, lambdas in models.items():
         plot_profile(lambdas, ax, label)
-    _number_merges(ax, [list(lambdas) for lambdas in models.values()])
+    label_merges(ax, [list(lambdas) for lambdas in models.values()])
     ax.axhline(0.5, color='gray', linestyle='--', label='plain: both weigh the same')
     ax.set_title('λ1 over the depth, mean ± one standard deviation over the images')
     ax.legend()
-    return figure
+    return ax.figure
 
 
 def plot_path_profile(lambdas: Dict[str, Tensor], label: str) -> Figure:
@@ -110,85 +161,21 @@ def plot_class_means(means: np.ndarray, classes: Sequence[str], lambdas: Dict[st
     return figure
 
 
-def plot_ablations(models: Mapping[str, Ablation]) -> Figure:
-    """Draw what accuracy is lost with each merge, and with all, at the identity, and with every λ at its mean.
-
-    Args:
-        models: Label of the model -> the result of `ablate`.
-    """
-    figure, ax = _figure(max(len(ablation.merges) for ablation in models.values()))
-    for label, (top1, constant, without_all, merges) in models.items():
-        line, = ax.plot(
-            range(1, len(merges) + 1), [value - top1 for value in merges.values()], marker='o',
-            label=f'{label} ({top1:.2f} %), one merge at the identity')
-        ax.axhline(
-            constant - top1, color=line.get_color(), linestyle=':', label=f'{label}, every λ at its mean')
-        ax.axhline(
-            without_all - top1, color=line.get_color(), linestyle='--', label=f'{label}, all merges at the identity')
-    _number_merges(ax, [list(ablation.merges) for ablation in models.values()])
-    ax.set_ylabel('change of the top-1 accuracy, points')
-    ax.set_title('Merges held constant after training; at the identity: λ = 1/n')
-    ax.legend()
-    return figure
+def depth_axes(merges: int) -> Axes:
+    """Axes of a figure of their own, wide enough for so many merges."""
+    return Figure(figsize=(max(8, 0.2 * merges), 5), layout='constrained').subplots()
 
 
-def plot_cumulative_matches(curves: Mapping[str, np.ndarray]) -> Figure:
-    """Draw cumulative match over rank (Fig. 10).
-
-    Args:
-        curves: Label -> percent for the ranks from 1 on, as from `cumulative_match`.
-    """
-    figure = Figure(figsize=(8, 5), layout='constrained')
-    ax = figure.subplots()
-    for label, curve in curves.items():
-        ax.plot(range(1, len(curve) + 1), curve, marker='o', label=label)
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    ax.set_xlabel('rank k')
-    ax.set_ylabel('the class is among the k nearest means, % of the images')
-    ax.set_title('PCA + LDA and class means')
-    ax.legend()
-    return figure
-
-
-def plot_contact_sheet(groups: Mapping[str, Sequence[Tuple[np.ndarray, str]]], columns: int = 10) -> Figure:
-    """Draw images with captions (Fig. 7).
-
-    Args:
-        groups: Title of a group -> its images, (height, width, 1 or 3) from 0 to 1, each with its caption.
-        columns: Images in a row.
-    """
-    rows = [-(-len(group) // columns) for group in groups.values()]
-    figure = Figure(figsize=(1.3 * columns, sum(1.75 * n + 0.5 for n in rows)), layout='constrained')
-    parts = figure.subfigures(len(groups), 1, height_ratios=rows, squeeze=False)
-    for part, count, (title, group) in zip(parts[:, 0], rows, groups.items()):
-        part.suptitle(title)
-        axes = part.subplots(count, columns, squeeze=False).ravel()
-        for ax in axes:
-            ax.set_axis_off()
-        for ax, (image, caption) in zip(axes, group):
-            ax.imshow(image, cmap='gray', vmin=0, vmax=1)
-            ax.set_title(caption, fontsize=7)
-    return figure
-
-
-def _figure(merges: int) -> Tuple[Figure, 'Axes']:
-    figure = Figure(figsize=(max(8, 0.2 * merges), 5), layout='constrained')
-    return figure, figure.subplots()
+def label_merges(ax: Axes, models: Sequence[Sequence[str]]) -> None:
+    """Ticks of the merges: by name where all models have the same, else by number."""
+    names = models[0]
+    ax.set_xticks(range(1, len(names) + 1), [_short(name) for name in names], rotation=45, ha='right')
+    ax.set_xlabel(MERGES)
+    if any(other != names for other in models):
+        ax.xaxis.set_major_formatter(ScalarFormatter())
+        ax.xaxis.set_major_locator(MaxNLocator(20, integer=True))
+        ax.tick_params(axis='x', rotation=0)
 
 
 def _short(name: str) -> str:
     return name.removesuffix('.merge').removeprefix('features.')
-
-
-def _name_merges(ax: 'Axes', names: Sequence[str]) -> None:
-    ax.set_xticks(range(1, len(names) + 1), [_short(name) for name in names], rotation=45, ha='right')
-    ax.set_xlabel(MERGES)
-
-
-def _number_merges(ax: 'Axes', models: Sequence[Sequence[str]]) -> None:
-    """By name where all models have the same merges, else by number."""
-    _name_merges(ax, models[0])
-    if any(names != models[0] for names in models):
-        ax.xaxis.set_major_formatter(ScalarFormatter())
-        ax.xaxis.set_major_locator(MaxNLocator(20, integer=True))
-        ax.tick_params(axis='x', rotation=0)

@@ -1,0 +1,122 @@
+"""What accuracy a trained network loses when its merges are held constant."""
+from contextlib import contextmanager
+from typing import Any, Callable, Dict, Iterator, Mapping, NamedTuple, Optional, Sequence
+
+import torch
+from matplotlib.figure import Figure
+from timm.utils import unwrap_model
+from torch import Tensor, nn
+
+from ..layers import MixingWeights
+from .observe import Batches, eval_mode
+from .profile import depth_axes, label_merges
+
+__all__ = ['Ablation', 'ablate', 'identity_merges', 'plot_ablations']
+
+
+class Ablation(NamedTuple):
+    """Top-1 accuracies in percent."""
+    top1: float  # of the network as it is
+    constant: float  # with every λ at its mean over the images
+    all: float  # with all merges at the identity, λ = 1/n: plain sums and concatenations
+    merges: Dict[str, float]  # name of the merge -> with it alone at the identity, in order of execution
+
+
+@contextmanager
+def identity_merges(model: nn.Module, names: Optional[Sequence[str]] = None) -> Iterator[None]:
+    """Inside the `with` block merges are at the identity, λ = 1/n: plain sums and concatenations.
+
+    Args:
+        model: A model with merges, itself or wrapped as for `record_mixing_weights`.
+        names: Merges, named as by `record_mixing_weights`; all if not given.
+
+    Raises:
+        ValueError: The model has no merge, or none of such a name.
+    """
+    mixes = _mixing_weights(model)
+    names = list(mixes) if names is None else names
+    for name in names:
+        if name not in mixes:
+            raise ValueError(f'{type(model).__name__} has no AWM merge {name!r}.')
+    with _constant_merges(mixes, {name: torch.ones(mixes[name].num_paths) for name in names}):
+        yield
+
+
+def ablate(model: nn.Module, batches: Batches, lambdas: Mapping[str, Tensor]) -> Ablation:
+    """Accuracy with every λ at its mean, and with merges set back to the identity: each alone, and all.
+
+    Args:
+        model: A model with merges; evaluated in eval mode.
+        batches: Each goes through the network once for every merge, and three times more.
+        lambdas: Name of the merge -> λ, (images, paths), for the means: `observe(...).lambdas`.
+
+    Raises:
+        ValueError: The model has no merge, λ of a merge is not given, or there are no images.
+    """
+    device = next(model.parameters()).device
+    mixes = _mixing_weights(model)
+    missing = mixes.keys() - lambdas.keys()
+    if missing:
+        raise ValueError(f'The mixing weights of the merges {sorted(missing)} are not given.')
+    means = {name: mix.num_paths * lambdas[name].mean(0) for name, mix in mixes.items()}
+    ones = {name: torch.ones(mix.num_paths) for name, mix in mixes.items()}
+    variants = [{}, means, ones, *({name: scales} for name, scales in ones.items())]
+    correct, count = [0] * len(variants), 0
+    with eval_mode(model):
+        for images, target in batches:
+            images, target = images.to(device), target.to(device)
+            count += len(target)
+            for i, scales in enumerate(variants):
+                with _constant_merges(mixes, scales), torch.inference_mode():
+                    correct[i] += int((model(images).argmax(1) == target).sum())
+    if not count:
+        raise ValueError('There are no images.')
+    top1, constant, without_all, *without_one = (100 * n / count for n in correct)
+    return Ablation(top1, constant, without_all, dict(zip(mixes, without_one)))
+
+
+def plot_ablations(models: Mapping[str, Ablation]) -> Figure:
+    """Draw the accuracy lost with each merge and with all at the identity, and with every λ at its mean.
+
+    Args:
+        models: Label of the model -> the result of `ablate`.
+    """
+    ax = depth_axes(max(len(ablation.merges) for ablation in models.values()))
+    for label, (top1, constant, without_all, merges) in models.items():
+        line, = ax.plot(
+            range(1, len(merges) + 1), [value - top1 for value in merges.values()], marker='o',
+            label=f'{label} ({top1:.2f} %), one merge at the identity')
+        ax.axhline(constant - top1, color=line.get_color(), linestyle=':', label=f'{label}, every λ at its mean')
+        ax.axhline(
+            without_all - top1, color=line.get_color(), linestyle='--', label=f'{label}, all merges at the identity')
+    label_merges(ax, [list(ablation.merges) for ablation in models.values()])
+    ax.set_ylabel('change of the top-1 accuracy, points')
+    ax.set_title('Merges held constant after training; at the identity: λ = 1/n')
+    ax.legend()
+    return ax.figure
+
+
+def _mixing_weights(model: nn.Module) -> Dict[str, MixingWeights]:
+    mixes = {
+        name.removesuffix('.mix'): module
+        for name, module in unwrap_model(model).named_modules()
+        if isinstance(module, MixingWeights)
+    }
+    if not mixes:
+        raise ValueError(f'{type(model).__name__} has no AWM merge.')
+    return mixes
+
+
+@contextmanager
+def _constant_merges(mixes: Mapping[str, MixingWeights], scales: Mapping[str, Tensor]) -> Iterator[None]:
+    """Inside the `with` block merges have the given n · λ, (paths,), for every image."""
+    def hook_of(constant: Tensor) -> Callable[[nn.Module, Any, Tensor], Tensor]:
+        return lambda module, args, own: constant.to(own).expand_as(own)
+
+    handles = [mixes[name].register_forward_hook(hook_of(constant)) for name, constant in scales.items()]
+    try:
+        with torch.compiler.set_stance('force_eager'):  # compiled code would not call the hooks
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()

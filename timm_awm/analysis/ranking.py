@@ -1,0 +1,88 @@
+"""Which images use their convolutions most, and which least (Fig. 7)."""
+from pathlib import Path
+from typing import Any, Dict, List, Mapping, Sequence, Set, Tuple
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from .inputs import ImageData
+from .observe import Observed
+
+__all__ = ['rank_images', 'plot_contact_sheet', 'save_ranking']
+
+SHOWN = 20  # images at either end
+
+
+def rank_images(lambdas: Mapping[str, Tensor]) -> Tuple[np.ndarray, np.ndarray]:
+    """Images in ascending order of the sum over all merges of λ1, the weight of the convolutional branch.
+
+    Args:
+        lambdas: Name of the merge -> λ, (images, 2).
+
+    Returns:
+        The indices of the images in this order, and the sum of each image, (images,) both.
+
+    Raises:
+        ValueError: A merge has more than two paths, as in DenseNets: there is no convolutional branch.
+    """
+    if any(value.shape[1] != 2 for value in lambdas.values()):
+        raise ValueError('Images are ranked by the branches of residual blocks, but a merge has more than two paths.')
+    sums = np.sum([value[:, 0].double().numpy() for value in lambdas.values()], axis=0)
+    return np.argsort(sums, kind='stable'), sums
+
+
+def save_ranking(folder: Path, label: str, seen: Observed, data: ImageData) -> Dict[str, List[Dict[str, Any]]]:
+    """Write ranking.png; returns its images: end of the ranking -> index, label and sum of each."""
+    order, sums = rank_images(seen.lambdas)
+    shown = min(SHOWN, len(order) // 2) or 1
+    ends = dict(lowest=order[:shown].tolist(), highest=order[::-1][:shown].tolist())
+    images = _pick(data, {i for end in ends.values() for i in end})
+    mean, std = (torch.tensor(data.config[name]).view(-1, 1, 1) for name in ('mean', 'std'))
+    indices = data.indices(len(order))
+    groups: Dict[str, List[Tuple[np.ndarray, str]]] = {}
+    listed: Dict[str, List[Dict[str, Any]]] = {}
+    for title, end in ends.items():
+        group = groups[f'{label}: {title} sums of λ1'] = []
+        entries = listed[title] = []
+        for i in end:
+            name = data.class_name(int(seen.labels[i])) if seen.labelled else None
+            entries.append(dict(index=int(indices[i]), label=name, sum=float(sums[i])))
+            pixels = (images[i] * std + mean).clamp(0, 1).permute(1, 2, 0).numpy()
+            group.append((pixels, f'{name or indices[i]}\n{sums[i]:.3f}'))
+    plot_contact_sheet(groups).savefig(folder / 'ranking.png', dpi=120)
+    return listed
+
+
+def plot_contact_sheet(groups: Mapping[str, Sequence[Tuple[np.ndarray, str]]], columns: int = 10) -> Figure:
+    """Draw images with captions.
+
+    Args:
+        groups: Title of a group -> its images, (height, width, 1 or 3) from 0 to 1, each with its caption.
+        columns: Images in a row.
+    """
+    rows = [-(-len(group) // columns) for group in groups.values()]
+    figure = Figure(figsize=(1.3 * columns, sum(1.75 * n + 0.5 for n in rows)), layout='constrained')
+    parts = figure.subfigures(len(groups), 1, height_ratios=rows, squeeze=False)
+    for part, count, (title, group) in zip(parts[:, 0], rows, groups.items()):
+        part.suptitle(title)
+        axes = part.subplots(count, columns, squeeze=False).ravel()
+        for ax in axes:
+            ax.set_axis_off()
+        for ax, (image, caption) in zip(axes, group):
+            ax.imshow(image, cmap='gray', vmin=0, vmax=1)
+            ax.set_title(caption, fontsize=7)
+    return figure
+
+
+def _pick(data: ImageData, positions: Set[int]) -> Dict[int, Tensor]:
+    """Images by their position, read again, since not all of them are kept in memory."""
+    images: Dict[int, Tensor] = {}
+    start = 0
+    for batch, _ in data.loader:
+        images.update({i: batch[i - start] for i in positions.intersection(range(start, start + len(batch)))})
+        start += len(batch)
+        if len(images) == len(positions):
+            break
+    return images
