@@ -4,8 +4,7 @@ Maps are float32, bfloat16 or float16; all arithmetic is in float32. Sums are ta
 they are the same in every run.
 
 A program computes a block of channels of one image, in tiles of pixels × channels. The strides say which of the two is
-contiguous, and Triton lays the threads out along it. Where there would be too few programs to fill a GPU, several
-share the pixels of an image, and their partial results are combined afterwards.
+contiguous, and Triton lays the threads out along it.
 """
 from contextlib import nullcontext
 from typing import Any, ContextManager, Dict, List, Optional, Tuple
@@ -21,25 +20,20 @@ __all__ = ['moments', 'affine_act', 'affine_act_', 'affine_act_backward', 'add_a
 
 
 @triton.jit
-def _program(images, channels, pixels, splits, chunk, BLOCK_C: tl.constexpr):
-    """What is this program's: channels, first and last pixel, the start of its image in a map, its rows in (images,
-    channels) and in (splits, images, channels). Channel blocks vary fastest: neighbours in memory, read together."""
+def _program(channels, pixels, BLOCK_C: tl.constexpr):
+    """What is this program's: its channels, the start of its image in a map, its row in (images, channels). Channel
+    blocks vary fastest: neighbours in memory, read together."""
     blocks = tl.cdiv(channels, BLOCK_C)
-    index = tl.program_id(0) // blocks
-    split = index % splits
-    image = (index // splits).to(tl.int64)  # one image has less than 2^31 elements, a batch may have more
+    image = (tl.program_id(0) // blocks).to(tl.int64)  # one image has less than 2^31 elements, a batch may have more
     channel = tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
-    start = split * chunk
-    end = tl.minimum(start + chunk, pixels)
-    row = image * channels + channel
-    return channel, start, end, image * (channels * pixels), row, row + split * (images * channels)
+    return channel, image * (channels * pixels), image * channels + channel
 
 
 @triton.jit
-def _tile(first, end, channel, channels, stride_c, stride_p, BLOCK_P: tl.constexpr):
+def _tile(first, pixels, channel, channels, stride_c, stride_p, BLOCK_P: tl.constexpr):
     """The offsets of BLOCK_P pixels in an image, and which of them exist."""
     pixel = (first + tl.arange(0, BLOCK_P))[:, None]
-    return pixel * stride_p + channel[None, :] * stride_c, (pixel < end) & (channel < channels)[None, :]
+    return pixel * stride_p + channel[None, :] * stride_c, (pixel < pixels) & (channel < channels)[None, :]
 
 
 @triton.jit
@@ -56,54 +50,38 @@ def _affine(u, v, offset, mask, a, b, c, HAS_V: tl.constexpr):
 
 @triton.jit
 def _moments_kernel(
-        x, out, images, channels, pixels, stride_c, stride_p, splits, chunk,
+        x, out, images, channels, pixels, stride_c, stride_p,
         BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):
-    channel, start, end, base, _, result = _program(images, channels, pixels, splits, chunk, BLOCK_C)
+    channel, base, row = _program(channels, pixels, BLOCK_C)
     # Welford's recurrence in every lane: neither a large mean nor an outlier spoils it, as both may a sum of squares
     count = tl.zeros([BLOCK_P, 1], tl.float32)
     mean = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     m2 = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
-    for first in range(start, end, BLOCK_P):
-        offset, mask = _tile(first, end, channel, channels, stride_c, stride_p, BLOCK_P)
+    for first in range(0, pixels, BLOCK_P):
+        offset, mask = _tile(first, pixels, channel, channels, stride_c, stride_p, BLOCK_P)
         value = tl.load(x + base + offset, mask=mask, other=0.).to(tl.float32)
-        count += (first + tl.arange(0, BLOCK_P) < end)[:, None].to(tl.float32)
+        count += (first + tl.arange(0, BLOCK_P) < pixels)[:, None].to(tl.float32)
         delta = tl.where(mask, value - mean, 0.)
         mean += delta * (1. / tl.maximum(count, 1.))
         m2 += delta * (value - mean)
-    total = (end - start).to(tl.float32)
-    overall = tl.sum(count * mean, axis=0) / total
+    overall = tl.sum(count * mean, axis=0) / pixels
     deviation = mean - overall[None, :]
-    var = tl.sum(m2 + count * deviation * deviation, axis=0) / total
-    tl.store(out + result, overall, mask=channel < channels)
-    tl.store(out + result + splits * images * channels, var, mask=channel < channels)
-
-
-@triton.jit
-def _combine_moments_kernel(moments, out, size, pixels, splits, chunk, BLOCK: tl.constexpr, BLOCK_S: tl.constexpr):
-    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    split = tl.arange(0, BLOCK_S)[:, None]
-    mask = (split < splits) & (index < size)[None, :]
-    offset = split.to(tl.int64) * size + index[None, :]
-    mean = tl.load(moments + offset, mask=mask, other=0.)
-    var = tl.load(moments + offset + splits * size, mask=mask, other=0.)
-    weight = tl.maximum(tl.minimum(pixels - split * chunk, chunk), 0).to(tl.float32) / pixels
-    overall = tl.sum(weight * mean, axis=0)
-    deviation = mean - overall[None, :]
-    tl.store(out + index, overall, mask=index < size)
-    tl.store(out + index + size, tl.sum(weight * (var + deviation * deviation), axis=0), mask=index < size)
+    var = tl.sum(m2 + count * deviation * deviation, axis=0) / pixels
+    tl.store(out + row, overall, mask=channel < channels)
+    tl.store(out + row + images * channels, var, mask=channel < channels)
 
 
 @triton.jit
 def _add_affine_kernel(
-        grad, x, scale, shift, images, channels, pixels, stride_c, stride_p, splits, chunk,
+        grad, x, scale, shift, images, channels, pixels, stride_c, stride_p,
         BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):
-    channel, start, end, base, row, result = _program(images, channels, pixels, splits, chunk, BLOCK_C)
+    channel, base, row = _program(channels, pixels, BLOCK_C)
     scale_row = tl.load(scale + row, mask=channel < channels, other=0.)[None, :]
     shift_row = tl.load(shift + row, mask=channel < channels, other=0.)[None, :]
-    for first in range(start, end, BLOCK_P):
-        offset, mask = _tile(first, end, channel, channels, stride_c, stride_p, BLOCK_P)
+    for first in range(0, pixels, BLOCK_P):
+        offset, mask = _tile(first, pixels, channel, channels, stride_c, stride_p, BLOCK_P)
         value = tl.load(x + base + offset, mask=mask, other=0.).to(tl.float32)
         g = tl.load(grad + base + offset, mask=mask, other=0.).to(tl.float32)
         tl.store(grad + base + offset, g + (scale_row * value + shift_row), mask=mask)
@@ -111,15 +89,15 @@ def _add_affine_kernel(
 
 @triton.jit
 def _affine_act_kernel(
-        u, v, a, b, c, y, images, channels, pixels, stride_c, stride_p, splits, chunk,
+        u, v, a, b, c, y, images, channels, pixels, stride_c, stride_p,
         HAS_V: tl.constexpr, RELU: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):
-    channel, start, end, base, row, result = _program(images, channels, pixels, splits, chunk, BLOCK_C)
+    channel, base, row = _program(channels, pixels, BLOCK_C)
     a_row = tl.load(a + row, mask=channel < channels, other=0.)[None, :]
     b_row = tl.load(b + row, mask=channel < channels, other=0.)[None, :]
     c_row = tl.load(c + row, mask=channel < channels, other=0.)[None, :]
-    for first in range(start, end, BLOCK_P):
-        offset, mask = _tile(first, end, channel, channels, stride_c, stride_p, BLOCK_P)
+    for first in range(0, pixels, BLOCK_P):
+        offset, mask = _tile(first, pixels, channel, channels, stride_c, stride_p, BLOCK_P)
         _, _, z = _affine(u + base, v + base, offset, mask, a_row, b_row, c_row, HAS_V)
         if RELU:
             z = tl.where(z <= 0., 0., z)  # NaN stays
@@ -128,18 +106,18 @@ def _affine_act_kernel(
 
 @triton.jit
 def _affine_act_backward_kernel(
-        grad, u, v, a, b, c, grad_u, grad_v, sums, images, channels, pixels, stride_c, stride_p, splits, chunk,
+        grad, u, v, a, b, c, grad_u, grad_v, sums, images, channels, pixels, stride_c, stride_p,
         HAS_V: tl.constexpr, RELU: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):
-    channel, start, end, base, row, result = _program(images, channels, pixels, splits, chunk, BLOCK_C)
+    channel, base, row = _program(channels, pixels, BLOCK_C)
     a_row = tl.load(a + row, mask=channel < channels, other=0.)[None, :]
     b_row = tl.load(b + row, mask=channel < channels, other=0.)[None, :]
     c_row = tl.load(c + row, mask=channel < channels, other=0.)[None, :]
     sum_gu = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     sum_gv = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     sum_g = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
-    for first in range(start, end, BLOCK_P):
-        offset, mask = _tile(first, end, channel, channels, stride_c, stride_p, BLOCK_P)
+    for first in range(0, pixels, BLOCK_P):
+        offset, mask = _tile(first, pixels, channel, channels, stride_c, stride_p, BLOCK_P)
         u_tile, v_tile, z = _affine(u + base, v + base, offset, mask, a_row, b_row, c_row, HAS_V)
         g = tl.load(grad + base + offset, mask=mask, other=0.).to(tl.float32)
         if RELU:
@@ -150,18 +128,15 @@ def _affine_act_backward_kernel(
         if HAS_V:
             tl.store(grad_v + base + offset, b_row * g, mask=mask)
             sum_gv += g * v_tile
-    plane = splits * images * channels
-    tl.store(sums + result, tl.sum(sum_gu, axis=0), mask=channel < channels)
-    tl.store(sums + result + plane, tl.sum(sum_g, axis=0), mask=channel < channels)
+    plane = images * channels
+    tl.store(sums + row, tl.sum(sum_gu, axis=0), mask=channel < channels)
+    tl.store(sums + row + plane, tl.sum(sum_g, axis=0), mask=channel < channels)
     if HAS_V:
-        tl.store(sums + result + 2 * plane, tl.sum(sum_gv, axis=0), mask=channel < channels)
+        tl.store(sums + row + 2 * plane, tl.sum(sum_gv, axis=0), mask=channel < channels)
 
 
 _TILE = 2048  # elements: sixteen for each thread of four warps
 _CONTIGUOUS = 128  # elements of a tile along the contiguous axis, 256 or 512 bytes; the rest goes along the other
-_PROGRAMS = 1024  # several for each multiprocessor of the largest GPUs: below this, pixels are split ...
-_SPLIT_TILES = 4  # ... as long as each program has this many tiles
-_MAX_SPLITS = 256  # one tile of _combine_moments_kernel holds them all
 
 
 def _block(size: int, limit: int) -> int:
@@ -172,8 +147,8 @@ def _block(size: int, limit: int) -> int:
     return block
 
 
-def _plan(x: Tensor) -> Tuple[Tuple[int], int, Dict[str, Any]]:
-    """The grid for maps like x, the number of splits, and what the kernels are told about the maps."""
+def _plan(x: Tensor) -> Tuple[Tuple[int], Dict[str, Any]]:
+    """The grid for maps like x, and what the kernels are told about the maps."""
     images, channels, height, width = x.shape
     pixels = height * width
     if x.is_contiguous():
@@ -184,15 +159,8 @@ def _plan(x: Tensor) -> Tuple[Tuple[int], int, Dict[str, Any]]:
         block_c = _block(channels, _CONTIGUOUS)
         block_p = _block(pixels, _TILE // block_c)
         strides = dict(stride_c=1, stride_p=channels)
-    programs = images * triton.cdiv(channels, block_c)
-    tiles = triton.cdiv(pixels, block_p)
-    splits = max(1, min(_PROGRAMS // max(1, programs), tiles // _SPLIT_TILES, _MAX_SPLITS))
-    chunk = triton.cdiv(tiles, splits) * block_p
-    splits = triton.cdiv(pixels, chunk)  # none is empty
-    return (programs * splits,), splits, dict(
-        images=images, channels=channels, pixels=pixels, **strides, splits=splits, chunk=chunk,
-        BLOCK_C=block_c, BLOCK_P=block_p,
-    )
+    return (images * triton.cdiv(channels, block_c),), dict(
+        images=images, channels=channels, pixels=pixels, **strides, BLOCK_C=block_c, BLOCK_P=block_p)
 
 
 def _device(x: Tensor) -> ContextManager:
@@ -201,22 +169,15 @@ def _device(x: Tensor) -> ContextManager:
 
 
 def moments(x: Tensor, with_var: bool) -> Tensor:
-    grid, splits, plan = _plan(x)
-    partial = x.new_empty((2, splits, *x.shape[:2]), dtype=torch.float32)
+    grid, plan = _plan(x)
+    out = sums_like(x, 2)
     with _device(x):
-        _moments_kernel[grid](x, partial, **plan)
-        if splits == 1:
-            return partial[:1 + with_var, 0].contiguous()
-        out = sums_like(x, 2)
-        size, block_s = out[0].numel(), _block(splits, _MAX_SPLITS)
-        block = _TILE // block_s
-        _combine_moments_kernel[(triton.cdiv(size, block),)](
-            partial, out, size, plan['pixels'], splits, plan['chunk'], BLOCK=block, BLOCK_S=block_s)
-    return out[:1 + with_var].contiguous()
+        _moments_kernel[grid](x, out, **plan)
+    return out if with_var else out[:1].clone()
 
 
 def affine_act(u: Tensor, v: Optional[Tensor], a: Tensor, b: Optional[Tensor], c: Tensor, relu: bool) -> Tensor:
-    grid, _, plan = _plan(u)
+    grid, plan = _plan(u)
     y = torch.empty_like(u)
     with _device(u):
         _affine_act_kernel[grid](
@@ -225,7 +186,7 @@ def affine_act(u: Tensor, v: Optional[Tensor], a: Tensor, b: Optional[Tensor], c
 
 
 def affine_act_(u: Tensor, a: Tensor, c: Tensor, relu: bool) -> None:
-    grid, _, plan = _plan(u)
+    grid, plan = _plan(u)
     with _device(u):
         _affine_act_kernel[grid](u, u, a, a, c, u, **plan, HAS_V=False, RELU=relu)
 
@@ -233,18 +194,18 @@ def affine_act_(u: Tensor, a: Tensor, c: Tensor, relu: bool) -> None:
 def affine_act_backward(
         grad: Tensor, u: Tensor, v: Optional[Tensor], a: Tensor, b: Optional[Tensor], c: Tensor, relu: bool,
 ) -> List[Tensor]:
-    grid, splits, plan = _plan(u)
+    grid, plan = _plan(u)
     grads = [torch.empty_like(u) for x in (u, v) if x is not None]
-    partial = a.new_empty((1 + len(grads), splits, *a.shape))
+    sums = sums_like(u, 1 + len(grads))
     with _device(u):
         _affine_act_backward_kernel[grid](
-            in_format_of(u, grad), u, u if v is None else v, a, a if b is None else b, c, grads[0], grads[-1], partial,
+            in_format_of(u, grad), u, u if v is None else v, a, a if b is None else b, c, grads[0], grads[-1], sums,
             **plan, HAS_V=v is not None, RELU=relu)
-    return [*grads, partial.sum(1)]
+    return [*grads, sums]
 
 
 def add_affine_(grad: Tensor, x: Tensor, scale: Tensor, shift: Tensor) -> None:
-    grid, _, plan = _plan(x)
+    grid, plan = _plan(x)
     result = in_format_of(x, grad)
     with _device(x):
         _add_affine_kernel[grid](result, x, scale, shift, **plan)
