@@ -11,9 +11,10 @@ import torch
 from PIL import Image
 
 import timm_awm
-from timm_awm import analysis, cli
+from timm_awm import analysis
 from timm_awm.hub import save_for_hub
 from timm_awm.layers import ConcatMerge, MixingWeights, SumMerge
+from timm_awm_cli.main import main
 
 RESNET, DENSENET = 'awm_resnet14_cifar', 'awm_densenet22_cifar'
 COLORS = dict(blue=(40, 60, 200), green=(40, 190, 60), red=(210, 50, 40))  # in the order of their labels
@@ -111,7 +112,7 @@ def test_nothing_to_look_at():
         with pytest.raises(ValueError, match='no AWM merge'):
             function(plain, batches(), *more)
     lambdas.popitem()
-    with pytest.raises(ValueError, match=r"λ of the merges \['layer3.1.merge'\] is not given"):
+    with pytest.raises(ValueError, match=r"mixing weights of the merges \['layer3.1.merge'\] are not given"):
         analysis.ablate(model, batches(), lambdas)
 
 
@@ -120,11 +121,11 @@ def test_nothing_to_look_at():
 @pytest.mark.parametrize('name', [RESNET, DENSENET])
 def test_ablation_is_that_of_weights_set_to_zero(name):
     model = trained(name)
-    images = torch.cat([x for x, _ in batches(96, 96)])
+    images = torch.cat([x for x, _ in batches(48, 48)])
     with torch.no_grad():
         model.get_classifier().bias -= model(images).mean(0)  # or it would take all images for one class
         labels = model(images).argmax(1)  # so that whatever is lost shows
-    data = list(zip(images.split(40), labels.split(40)))
+    data = list(zip(images.split(20), labels.split(20)))
     lambdas = analysis.observe(model, data).lambdas
     result = analysis.ablate(model, data, lambdas)
 
@@ -186,13 +187,6 @@ def test_between_class_share_is_the_formula():
     assert analysis.between_class_share(values, labels) == pytest.approx(between / total, rel=1e-12)
     assert analysis.between_class_share(labels[:, None] ** 2., labels) == pytest.approx(1)
     assert np.isnan(analysis.between_class_share(np.full((40, 2), .1, np.float32), labels))
-
-
-def test_between_class_share_of_random_labels():
-    rng = np.random.default_rng(0)
-    values = rng.normal(size=(30, 2))
-    shares = [analysis.between_class_share(values, rng.permutation(np.arange(30) % 5)) for _ in range(400)]
-    assert np.mean(shares) == pytest.approx(4 / 29, abs=0.01)
 
 
 def test_class_means():
@@ -329,20 +323,6 @@ def test_curves():
     assert ax.lines[1].get_xdata().tolist() == [1, 2] and ax.lines[1].get_ydata().tolist() == [30, 55]
 
 
-def test_contact_sheet_shows_every_image(tmp_path):
-    colors = {'low': [(1., 0, 0), (0, 1., 0), (0, 0, 1.)], 'high': [(1., 1., 0), (0, 1., 1.)]}
-    figure = analysis.plot_contact_sheet(
-        {title: [(np.full((8, 8, 3), color), f'{title} {i}') for i, color in enumerate(group)]
-         for title, group in colors.items()}, columns=2)
-    assert [part.get_suptitle() for part in figure.subfigs] == ['low', 'high']
-    shown = [(ax.get_title(), tuple(ax.images[0].get_array()[0, 0])) for ax in figure.axes if ax.images]
-    assert shown == [(f'{title} {i}', color) for title, group in colors.items() for i, color in enumerate(group)]
-    figure.savefig(tmp_path / 'sheet.png')
-    picture = np.asarray(Image.open(tmp_path / 'sheet.png').convert('RGB')).reshape(-1, 3)
-    for color in colors['low'] + colors['high']:
-        assert (picture == 255 * np.array(color)).all(1).sum() > 1000
-
-
 # the command
 
 @pytest.fixture(scope='module')
@@ -364,7 +344,7 @@ def world(tmp_path_factory):
 
 
 def analyze(world, output, *args, models=(RESNET,)):
-    return cli.main([
+    return main([
         'analyze', *models, '--checkpoint', *(str(world / name / 'last.pth.tar') for name in models),
         '--num-classes', '3', '--data-dir', str(world / 'data'), '--device', 'cpu', '-j', '0', '-b', '16',
         '--output', str(output), *map(str, args)])
@@ -460,7 +440,7 @@ def test_ranking_of_the_command(world, analysed):
 
 
 def test_images_of_the_contact_sheet_are_the_files(world, tmp_path, monkeypatch):
-    module = sys.modules['timm_awm.analysis.command']
+    module = sys.modules['timm_awm.analysis.ranking']
     shown = {}
     monkeypatch.setattr(
         module, 'plot_contact_sheet', lambda groups: shown.update(groups) or analysis.plot_contact_sheet(groups))
@@ -493,7 +473,7 @@ def test_a_published_model_on_images_without_classes(world, tmp_path):
     for i, file in enumerate((world / 'data' / 'train').glob('*/*.png')):
         (tmp_path / 'flat' / f'{i}.png').write_bytes(file.read_bytes())
     source = f'local-dir:{tmp_path / "gray.t3"}'
-    assert cli.main(['analyze', source, source, '--data-dir', str(tmp_path / 'flat'), '--device', 'cpu', '-j', '0',
+    assert main(['analyze', source, source, '--data-dir', str(tmp_path / 'flat'), '--device', 'cpu', '-j', '0',
                      '--output', str(tmp_path / 'out')]) == 0
     assert sorted(path.name for path in (tmp_path / 'out').iterdir()) == [
         'gray.t3', 'gray.t3-2', 'profile.csv', 'profile.png', 'summary.json']
@@ -506,7 +486,7 @@ def test_a_published_model_on_images_without_classes(world, tmp_path):
 @pytest.mark.parametrize('args, message', [
     (['resnet18'], 'resnet18: there are no AWM merges in it'),
     ([RESNET, '--model-kwargs', 'awm=False'], 'there are no AWM merges in it'),
-    ([RESNET], 'Trained weights of your own: --checkpoint FILE'),
+    ([RESNET], 'trained weights of your own: --checkpoint FILE'),
     (['awm_resnet5'], 'awm_resnet5: Unknown model'),
     ([RESNET, '--model-kwargs', 'depth=3'], "unexpected keyword argument 'depth'"),
     ([RESNET, '--checkpoint', 'nowhere.pth'], "There is no checkpoint 'nowhere.pth'"),
@@ -514,18 +494,18 @@ def test_a_published_model_on_images_without_classes(world, tmp_path):
     ([RESNET, '--device', 'nothing'], "Device 'nothing' cannot be used here"),
 ])
 def test_errors_about_models(args, message, tmp_path, capsys):
-    assert cli.main(['analyze', *args, '--data-dir', str(tmp_path), '--output', str(tmp_path / 'new' / 'out')]) == 1
+    assert main(['analyze', *args, '--data-dir', str(tmp_path), '--output', str(tmp_path / 'new' / 'out')]) == 1
     assert message in capsys.readouterr().err
     assert not list(tmp_path.glob('new/*'))
 
 
 def test_models_at_the_identity_start(world, tmp_path, capsys):
     torch.save(timm.create_model(RESNET).state_dict(), tmp_path / 'start.pth')
-    assert cli.main(['analyze', RESNET, '--checkpoint', str(tmp_path / 'start.pth'), '--data-dir', str(world / 'data'),
+    assert main(['analyze', RESNET, '--checkpoint', str(tmp_path / 'start.pth'), '--data-dir', str(world / 'data'),
                      '--output', str(tmp_path / 'out')]) == 1
     assert 'every merge is at the identity start' in capsys.readouterr().err
     (tmp_path / 'broken.pth').write_text('no checkpoint')
-    assert cli.main(['analyze', RESNET, '--checkpoint', str(tmp_path / 'broken.pth'), '--output', 'out']) == 1
+    assert main(['analyze', RESNET, '--checkpoint', str(tmp_path / 'broken.pth'), '--output', 'out']) == 1
     assert f'{RESNET}: ' in capsys.readouterr().err
 
 
@@ -543,7 +523,7 @@ def test_data_of_other_classes_end_it_with_nothing_left(world, tmp_path, capsys)
     torch.save(trained(RESNET, num_classes=2).state_dict(), tmp_path / 'two.pth')
     (tmp_path / 'new').mkdir()
     assert analyze(world, tmp_path / 'new' / 'out', '--checkpoint', tmp_path / 'two.pth', '--num-classes', 2) == 1
-    assert 'The model tells 2 classes apart, and the data have others' in capsys.readouterr().err
+    assert 'The model has 2 classes, and the data have others' in capsys.readouterr().err
     assert not list((tmp_path / 'new').iterdir())
 
 
@@ -554,23 +534,10 @@ def test_lda_needs_labels(world, tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
-def test_an_existing_folder_is_left_alone(world, analysed, capsys):
-    before = (analysed / 'summary.json').stat().st_mtime_ns
-    assert analyze(world, analysed) == 1
-    assert f'{analysed} exists already' in capsys.readouterr().err
-    assert (analysed / 'summary.json').stat().st_mtime_ns == before
-
-
 def test_the_missing_extra_is_named(capsys, monkeypatch):
     for name in [name for name in sys.modules if name.startswith('timm_awm.analysis')]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.delattr(timm_awm, 'analysis')
     monkeypatch.setitem(sys.modules, 'matplotlib.figure', None)
-    assert cli.main(['analyze', RESNET]) == 1
+    assert main(['analyze', RESNET]) == 1
     assert 'the analysis needs matplotlib.figure: pip install ".[analysis]"' in capsys.readouterr().err
-
-
-def test_help_shows_an_example(capsys):
-    with pytest.raises(SystemExit, match='0'):
-        cli.main(['analyze', '--help'])
-    assert 'Example: timm-awm analyze' in capsys.readouterr().out
