@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 
 import timm_awm
-from timm_awm import cli
 from timm_awm.layers import MixingWeights
+from timm_awm_cli.main import COMMANDS, main
 
 COMMAND = Path(sys.executable).with_name('timm-awm')
 ENV = {**os.environ, 'OMP_NUM_THREADS': '1'}  # the tests run side by side
@@ -85,65 +85,75 @@ def test_demo_names_the_missing_extra(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, 'sklearn.datasets', None)
     monkeypatch.delitem(sys.modules, 'timm_awm.demo', raising=False)
     monkeypatch.delattr(timm_awm, 'demo', raising=False)
-    assert cli.main(['demo']) == 1
+    assert main(['demo']) == 1
     assert 'the demo needs sklearn.datasets: pip install ".[demo]"' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize('args, message', [
     (['demo', '--epochs', '0'], 'must be at least 1, got 0'),
-    (['demo', '--epochs', 'many'], "invalid _positive_int value: 'many'"),
+    (['demo', '--epochs', 'many'], "invalid positive_int value: 'many'"),
     ([], 'required: command'),
     (['models', '--epochs', '3'], 'unrecognized arguments: --epochs'),
 ])
 def test_usage_errors(args, message, capsys):
     with pytest.raises(SystemExit) as error:
-        cli.main(args)
+        main(args)
     assert error.value.code == 2
     assert message in capsys.readouterr().err
 
 
 def test_bad_period_leaves_nothing(tmp_path, capsys):
-    assert cli.main(['demo', '--output', str(tmp_path / 'out'), '--period', '-1']) == 1
+    assert main(['demo', '--output', str(tmp_path / 'out'), '--period', '-1']) == 1
     assert 'period must be a whole number, at least 0, got -1' in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize('args', [[], ['demo'], ['models'], ['recipes'], ['train'], ['validate'], ['benchmark'],
-                                  ['bench']])
-def test_help_shows_an_example(args, capsys):
+@pytest.mark.parametrize('command', [[], *([name] for name in COMMANDS)], ids=str)
+def test_help_shows_an_example(command, capsys):
     with pytest.raises(SystemExit, match='0'):
-        cli.main([*args, '--help'])
+        main([*command, '--help'])
     assert 'Example: timm-awm' in capsys.readouterr().out
 
 
-def test_models_is_the_table_of_the_readme(capsys):
-    assert cli.main(['models']) == 0
-    table = capsys.readouterr().out
-    assert '| awm_resnet20_cifar | 32x32 | 283,514 | 11,040 | 9 | 0.0408 |' in table
-    assert len(table.splitlines()) == 2 + len(timm.list_models('awm_*', exclude_filters='awm_converted'))
-    assert table in (Path(__file__).parents[1] / 'README.md').read_text()
+def test_help_imports_neither_torch_nor_timm():
+    code = (
+        'import sys\nfrom timm_awm_cli.main import main\n'
+        'try: main(["--help"])\nexcept SystemExit: sys.exit(bool({"torch", "timm", "timm_awm"} & set(sys.modules)))')
+    assert subprocess.run([sys.executable, '-c', code], stdout=subprocess.DEVNULL).returncode == 0
+
+
+def test_a_console_that_is_not_utf_8():
+    result = subprocess.run(
+        [COMMAND, 'recipes', '--show', 'cifar10/awm_resnet20_cifar'], capture_output=True,
+        env={**ENV, 'PYTHONIOENCODING': 'ascii', 'LC_ALL': 'C', 'PYTHONUTF8': '0', 'PYTHONCOERCECLOCALE': '0'})
+    assert result.returncode == 0 and b'model: awm_resnet20_cifar' in result.stdout
+
+
+def test_models(capsys):
+    assert main(['models', '*resnet20_cifar']) == 0
+    assert '| awm_resnet20_cifar | 32x32 | 283,514 | 11,040 | 9 | 0.0408 |' in capsys.readouterr().out
 
 
 def test_models_that_do_not_exist(capsys):
-    assert cli.main(['models', 'resnet5*']) == 1
+    assert main(['models', 'resnet5*']) == 1
     assert "No AWM model is called 'resnet5*'" in capsys.readouterr().err
 
 
 def test_recipes(tmp_path, capsys):
     folder = Path(__file__).parents[1] / 'recipes'
-    assert cli.main(['recipes']) == 0
+    assert main(['recipes']) == 0
     listed = capsys.readouterr().out.split()
     assert listed == sorted(str(path.relative_to(folder).with_suffix('')) for path in folder.glob('*/*.yaml'))
-    assert cli.main(['recipes', 'imagenet/*_lamb']) == 0
+    assert main(['recipes', 'imagenet/*_lamb']) == 0
     assert capsys.readouterr().out == 'imagenet/awm_resnet50_lamb\n'
     text = (folder / 'imagenet' / 'awm_resnet50_lamb.yaml').read_text()
-    assert cli.main(['recipes', '--show', 'imagenet/awm_resnet50_lamb']) == 0
+    assert main(['recipes', '--show', 'imagenet/awm_resnet50_lamb']) == 0
     assert capsys.readouterr().out == text
     copy = tmp_path / 'mine.yaml'
-    assert cli.main(['recipes', '--copy', 'imagenet/awm_resnet50_lamb', str(copy)]) == 0
+    assert main(['recipes', '--copy', 'imagenet/awm_resnet50_lamb', str(copy)]) == 0
     assert copy.read_text() == text
     copy.write_text('precious')
-    assert cli.main(['recipes', '--copy', 'imagenet/awm_resnet50_lamb', str(copy)]) == 1
+    assert main(['recipes', '--copy', 'imagenet/awm_resnet50_lamb', str(copy)]) == 1
     assert copy.read_text() == 'precious' and 'File exists' in capsys.readouterr().err
-    assert cli.main(['recipes', 'imagnet/*']) == 1
+    assert main(['recipes', 'imagnet/*']) == 1
     assert "No recipe is called 'imagnet/*'" in capsys.readouterr().err

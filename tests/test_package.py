@@ -12,7 +12,7 @@ def test_the_package_carries_its_recipes_types_and_kernels():
     recipes = {f'timm_awm/{path.relative_to(ROOT)}' for path in (ROOT / 'recipes').rglob('*') if path.is_file()}
     assert len(recipes) > 2 and recipes <= installed
     assert (resources('timm_awm') / 'py.typed').is_file()
-    assert (resources('timm_awm') / 'layers' / 'cpu_kernels.cpp').is_file()
+    assert (resources('timm_awm') / 'layers' / 'kernels' / 'cpu.cpp').is_file()
 
 
 def test_version_stands_in_the_changelog():

@@ -6,13 +6,13 @@ median over the rounds of base time / own time: above 1 is faster than the base.
 Peak memory: the contender's own parameters, buffers, optimizer state and batch, and the most that one step allocates
 beyond what is there when it starts.
 """
-import contextlib
 import csv
 import difflib
 import gc
 import os
 import platform
 import random
+import re
 import shlex
 import statistics
 import sys
@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import timm
 import torch
@@ -32,6 +32,7 @@ from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
 
 from . import __version__
 from .layers import MixingWeights
@@ -99,22 +100,22 @@ class Contender:
 def run(models: Sequence[str], settings: Settings) -> None:
     """Measures and prints. An `awm_*` model brings its controls along; models named after it run with it.
 
-    What has been measured is printed and written whatever ends the run.
+    What has been measured is printed and written, also if the run is interrupted.
 
     Raises:
-        ValueError: A model is unknown, takes no images of this size, or the device cannot be used.
-        OSError: The CSV file exists or cannot be written.
-        RuntimeError: A model does not fit into memory, among others of torch's own.
+        ValueError: A model is unknown, or the device cannot be used.
+        FileExistsError: The CSV file exists.
     """
     groups = group_contenders(models)
     device = find_device(settings.device)
+    if settings.csv is not None and settings.csv.exists():
+        raise FileExistsError(f'{settings.csv} exists already: choose another file.')
     torch.backends.cudnn.benchmark = True  # as timm's scripts have it
     os.environ.setdefault('KINETO_LOG_LEVEL', '6')  # the profiler's own messages
-    with _csv_file(settings.csv) as write:
-        print(_header(settings, device), flush=True)
-        for group in groups:
-            for mode in settings.modes:
-                _compare(group, mode, settings, device, write)
+    print(_header(settings, device), flush=True)
+    for group in groups:
+        for mode in settings.modes:
+            _compare(group, mode, settings, device)
 
 
 def group_contenders(models: Sequence[str]) -> List[List[Spec]]:
@@ -138,8 +139,8 @@ def group_contenders(models: Sequence[str]) -> List[List[Spec]]:
 
 
 def with_controls(name: str) -> List[Spec]:
-    """What an AWM model runs with, as far as there is such: timm's own plain model, the plain control where that is
-    another network, the AWM model itself, an SE model."""
+    """What an AWM model runs with: timm's own plain model, if there is one, the plain control where that is another
+    network, the AWM model itself, an SE model, if there can be one."""
     awm, control = Spec(name), Spec(name, dict(awm=False))
     own = name.partition('.')[0].removeprefix('awm_')
     with torch.device('meta'):
@@ -156,7 +157,7 @@ def with_controls(name: str) -> List[Spec]:
     return [*plain, awm, *se]
 
 
-def _compare(specs: List[Spec], mode: str, settings: Settings, device: torch.device, write: Callable) -> None:
+def _compare(specs: List[Spec], mode: str, settings: Settings, device: torch.device) -> None:
     gc.collect()  # what an earlier call has left
     torch.compiler.reset()
     torch.manual_seed(SEED)
@@ -165,43 +166,47 @@ def _compare(specs: List[Spec], mode: str, settings: Settings, device: torch.dev
     channels, _, size = resolve_model_data_config(base)['input_size']
     size = settings.img_size or size
     batch = settings.batch_size or (128 if size <= 64 else 16 if mode == 'train' else 8)
-    with _clear_errors(f'a batch of {batch}', device):
-        x = torch.randn(batch, channels, size, size, device=device)
-        y = torch.randint(base.num_classes, (batch,), device=device)
+    x = torch.randn(batch, channels, size, size, device=device)
+    y = torch.randint(base.num_classes, (batch,), device=device)
     if settings.channels_last:
         x = x.contiguous(memory_format=torch.channels_last)
 
     contenders: List[Contender] = []
     for spec in specs:
-        with _clear_errors(f'{spec} with a batch of {batch} images of {size} px', device):
-            for contender in make_contenders(spec, mode, settings, x, y, base.num_classes):
-                _progress(f'{mode}: warming up {contender.label} {contender.phase}')
-                contender.prepare()
-                for _ in range(settings.warmup):
-                    contender.step()
-                contender.peak = peak_memory(contender.step, device)
-                if contender.peak is not None:
-                    contender.peak += contender.kept_bytes()
-                contenders.append(contender)
+        for contender in make_contenders(spec, mode, settings, x, y, base.num_classes):
+            contender.prepare()
+            for _ in range(settings.warmup):
+                contender.step()
+            contender.peak = peak_memory(contender.step, device)
+            if contender.peak is not None:
+                contender.peak += contender.kept_bytes()
+            contenders.append(contender)
 
     order = list(contenders)
     shuffle = random.Random(SEED).shuffle
     try:
-        with _clear_errors('all of them side by side', device):
-            for i in range(settings.repeats):
-                _progress(f'{mode}: round {i + 1} of {settings.repeats}')
-                shuffle(order)
-                for contender in order:
-                    contender.seconds.append(_seconds(contender, device))
+        for _ in tqdm(range(settings.repeats), desc=f'{specs[0]}, {mode}', unit='round'):
+            shuffle(order)
+            for contender in order:
+                contender.seconds.append(_seconds(contender, device))
     finally:
-        _progress('')
         rounds = min(len(contender.seconds) for contender in contenders)
         if rounds:
             for contender in contenders:
                 del contender.seconds[rounds:]  # of a round that was interrupted
             rows = [_row(contender, contenders[0], mode, x, settings) for contender in contenders]
-            write(rows)
             print(f'\n{_table(rows, mode)}', flush=True)
+            if settings.csv is not None:
+                _append(settings.csv, rows)
+
+
+def _append(path: Path, rows: List[Dict[str, Any]]) -> None:
+    new = not path.exists()
+    with path.open('a', newline='', encoding='utf-8') as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        if new:
+            writer.writeheader()
+        writer.writerows(rows)
 
 
 def make_contenders(
@@ -343,24 +348,22 @@ def _table(rows: List[Dict[str, Any]], mode: str) -> str:
 
 
 def _header(settings: Settings, device: torch.device) -> str:
-    kept = 'LD_PRELOAD', 'THP_MEM_ALLOC_ENABLE', 'PYTORCH_ALLOC_CONF', 'PYTORCH_CUDA_ALLOC_CONF', 'OMP_NUM_THREADS'
-    cudnn = torch.backends.cudnn
-    environment = [f'{k}={v}' for k, v in sorted(os.environ.items()) if k in kept or k.startswith('TIMM_AWM_')]
+    kept = 'LD_PRELOAD', 'PYTORCH_ALLOC_CONF', 'PYTORCH_CUDA_ALLOC_CONF', 'OMP_NUM_THREADS'
+    environment = [
+        f'{k}={v}' for k, v in sorted(os.environ.items()) if k in kept or k.startswith(('TIMM_AWM_', 'MALLOC_'))]
     lines = [
         f'command: {shlex.join(sys.argv)}',
         f'versions: timm_awm {__version__}, timm {timm.__version__}, torch {torch.__version__}, '
         f'Python {platform.python_version()}',
         f'device: {_device_name(device)}; {os.cpu_count()} CPU cores, {torch.get_num_threads()} threads, '
-        f'{torch.backends.cpu.get_cpu_capability()}'
-        + (f', load average {os.getloadavg()[0]:.1f}' if hasattr(os, 'getloadavg') else '')
-        + f'; cuDNN {cudnn.version()}, in benchmark mode, TF32 {cudnn.allow_tf32}' * (device.type == 'cuda'),
-        f'allocator: {_allocator()}; environment: {" ".join(environment) or "nothing that matters is set"}',
+        f'{torch.backends.cpu.get_cpu_capability()}',
+        f'environment: {" ".join(environment) or "nothing that matters is set"}',
         f"settings: {f'{settings.amp_dtype} autocast' if settings.amp_dtype else 'float32'}, "
         f"{'channels-last' if settings.channels_last else 'contiguous'}, "
-        f"{'compiled' if settings.compile else 'eager'}, BatchNorm not folded, SGD with momentum and weight decay "
-        f'(alternating in AWM models, whose phases share one model), {settings.warmup} steps to warm up, seed {SEED}',
-        'ms, ratio: medians, and their IQR, the interquartile range; ratio: base / own time of the same round, above 1 '
-        'is faster',
+        f"{'compiled' if settings.compile else 'eager'}, SGD with momentum and weight decay (alternating in AWM "
+        f'models, whose phases share one model), {settings.warmup} steps to warm up, seed {SEED}',
+        'ms and ratio are medians, IQR their interquartile range; ratio: base / own time of the same round, above 1 is '
+        'faster',
         'peak: own parameters, buffers, optimizer state and batch, and the most that a step allocates for tensors',
     ]
     return '\n'.join(lines)
@@ -370,62 +373,6 @@ def _device_name(device: torch.device) -> str:
     if device.type != 'cpu':
         get_name = getattr(torch.get_device_module(device), 'get_device_name', lambda device: device.type)
         return get_name(device)
-    with contextlib.suppress(OSError), open('/proc/cpuinfo', encoding='utf-8') as file:
-        for line in file:
-            if line.startswith('model name'):
-                return line.partition(':')[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def _allocator() -> str:
-    """The library that malloc comes from, as far as the system says what is loaded."""
-    with contextlib.suppress(OSError):
-        loaded = Path('/proc/self/maps').read_text()
-        for name in ('tcmalloc', 'jemalloc', 'mimalloc'):
-            if name in loaded:
-                return name
-    return ' '.join(platform.libc_ver()).strip() or "the system's"
-
-
-@contextlib.contextmanager
-def _clear_errors(what: str, device: torch.device) -> Iterator[None]:
-    try:
-        yield
-    except AssertionError as error:
-        raise ValueError(f'{what}: {error}') from error
-    except RuntimeError as error:
-        # the CPU's allocator has no exception class of its own
-        if isinstance(error, torch.OutOfMemoryError) or 'DefaultCPUAllocator' in str(error):
-            raise RuntimeError(
-                f'No memory on {_device_name(device)} for {what}: give a smaller --batch-size.') from error
-        raise
-
-
-@contextlib.contextmanager
-def _csv_file(path: Optional[Path]) -> Iterator[Callable[[List[Dict[str, Any]]], None]]:
-    """A function that writes rows into the new file; if it was never called the file goes again."""
-    if path is None:
-        yield lambda rows: None
-        return
-    with path.open('x', newline='', encoding='utf-8') as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        start = file.tell()
-
-        def write(rows: List[Dict[str, Any]]) -> None:
-            writer.writerows(rows)
-            file.flush()
-
-        try:
-            yield write
-        finally:
-            if file.tell() == start:
-                path.unlink()
-
-
-def _progress(text: str) -> None:
-    """On stderr: one line that changes in a terminal, lines elsewhere; an empty text ends it."""
-    if sys.stderr.isatty():
-        print(f'\r\033[K{text}', end='', file=sys.stderr, flush=True)
-    elif text:
-        print(text, file=sys.stderr)
+    info = Path('/proc/cpuinfo')
+    names = re.findall(r'^model name\s*: (.*)', info.read_text(encoding='utf-8'), re.M) if info.exists() else []
+    return names[0] if names else platform.processor() or platform.machine()
