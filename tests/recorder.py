@@ -1,7 +1,7 @@
 """Notes at every update of a training run what it has changed, from outside of the optimizer.
 
 Given to timm's train.py as a device module after timm_awm (`--device-modules timm_awm recorder`), it writes its notes
-to the file that TIMM_AWM_RECORD names. `training_loop.py` is watched in the same way.
+to the file that TIMM_AWM_RECORD names.
 """
 import json
 import os

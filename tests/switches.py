@@ -7,8 +7,8 @@ from typing import Any, Dict, Iterable, Iterator, List, Optional, Tuple
 import torch
 from recorder import OVERFLOWS
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
-from training_loop import BATCHES, parser
 
+BATCHES = 5  # an epoch
 # later arguments win
 COMMON = (
     '--model awm_resnet14_cifar --num-classes 10 --device cpu --no-prefetcher -j 1 -b 8 --epochs 4 '
@@ -28,7 +28,6 @@ class Row:
         saved: The last epoch whose optimizer state the second run has, if any.
         frozen: Beginnings of the names of what train.py itself keeps frozen.
         identity: Start at the identity, where W2 is zero.
-        script_only: Too slow for the loop of our own.
     """
     name: str
     args: str = ''
@@ -39,7 +38,6 @@ class Row:
     saved: Optional[int] = None
     frozen: Tuple[str, ...] = ()
     identity: bool = False
-    script_only: bool = False
 
 
 PERIOD2 = '--epochs 6 --opt-kwargs base=sgd period=2 '
@@ -77,8 +75,8 @@ TABLE = [
     # the model
     Row('ema', '--model-ema --model-ema-decay .5'),
     Row('compile', '--torchcompile aot_eager'),
-    Row('compile-inductor', '--torchcompile', script_only=True),
-    Row('sync-bn', '--sync-bn --channels-last', script_only=True),
+    Row('compile-inductor', '--torchcompile'),
+    Row('sync-bn', '--sync-bn --channels-last'),
     Row('val-interval', '--val-interval 3'),
     Row('kd-logit', '--kd-model-name local-dir:{data}/awm_resnet14_cifar'),
     Row('kd-feature', '--kd-model-name local-dir:{data}/awm_densenet22_cifar --kd-distill-type feature'),
@@ -141,10 +139,9 @@ def expected_kinds(args: argparse.Namespace, lrs: List[Tuple[int, Any]], updates
     return kinds
 
 
-def check(notes: List[Dict[str, Any]], row: Row, argv: List[str], again: bool = False) -> None:
+def check(notes: List[Dict[str, Any]], row: Row, args: argparse.Namespace, again: bool = False) -> None:
     """What the recorder has noted of one run, against the table. No name that should be there may be missing, and none
     be there that should not."""
-    args = parser.parse_args(argv)
     updates = -(-BATCHES // args.grad_accum_steps)
     lrs = list(learning_rates(args, row.again_start if again else row.start, updates))
     assert [(n['epoch'], n['kind']) for n in notes] == expected_kinds(args, lrs, updates)

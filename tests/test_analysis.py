@@ -2,7 +2,6 @@ import copy
 import csv
 import json
 import sys
-import weakref
 
 import numpy as np
 import pytest
@@ -78,31 +77,6 @@ def test_observed_lambdas_are_those_by_hand(name, merges, paths):
     assert all(torch.equal(value, seen.lambdas[merge]) for merge, value in only_lambdas.items())
 
 
-def test_observing_keeps_no_images_and_leaves_the_modes():
-    model = trained(RESNET).train()
-    model.layer2.eval()
-    modes = [m.training for m in model.modules()]
-    alive, most = [], 0
-
-    def stream():
-        nonlocal most
-        for seed in range(6):
-            (images, labels), = batches(4, 4, seed=seed)
-            assert not images.is_inference()  # a streamed data set counts in tensors, here and in its next pass
-            alive.append(weakref.ref(images))
-            yield images, labels
-            del images, labels
-            most = max(most, sum(ref() is not None for ref in alive))
-
-    analysis.observe(model, stream())
-    assert most == 1 and len(alive) == 6
-    alive.clear()
-    analysis.ablate(model, stream(), analysis.observe(model, batches()).lambdas)
-    assert most == 1 and len(alive) == 6
-    assert [m.training for m in model.modules()] == modes
-    assert not any(m._forward_hooks for m in model.modules())
-
-
 def test_nothing_to_look_at():
     model, plain = trained(RESNET), timm.create_model(RESNET, awm=False)
     lambdas = analysis.observe(model, batches()).lambdas
@@ -161,12 +135,6 @@ def test_all_merges_at_the_identity_are_the_plain_control(name, unfused):
         with analysis.identity_merges(model):
             assert torch.equal(model(images), plain(images))
         assert torch.equal(model(images), before) and not torch.allclose(before, plain(images), atol=1e-2)
-
-
-def test_merges_that_are_not_there():
-    with pytest.raises(ValueError, match="no AWM merge 'layer9.0.merge'"):
-        with analysis.identity_merges(trained(RESNET), ['layer1.0.merge', 'layer9.0.merge']):
-            pass
 
 
 # numbers
@@ -290,26 +258,6 @@ def test_profiles_of_several_models():
     assert (band.min(), band.max()) == (pytest.approx(.2), pytest.approx(.9))
     labels = {tick.get_text() for tick in ax.get_xticklabels()}
     assert {'1', '4'} <= labels and not any('layer' in text for text in labels)  # the models have not the same merges
-
-
-def test_profile_of_paths():
-    lambdas = dict(a=torch.tensor([[.2, .8], [.4, .6]]), b=torch.tensor([[.1, .2, .7], [.3, .2, .5]]))
-    mean, std, *_ = analysis.plot_path_profile(lambdas, 'net').axes
-    assert mean.images[0].get_array().filled(-1) == pytest.approx(np.array([[.6, 1.4, -1], [.6, .6, 1.8]]))
-    assert std.images[0].get_array().filled(-1) == pytest.approx(np.array([[.2, .2, -1], [.3, 0, .3]]), abs=1e-6)
-
-
-def test_class_means_less_the_mean_of_all():
-    residual = {f'layer1.{i}.merge': torch.ones(1, 2) / 2 for i in range(2)}
-    means = np.array([[.2, .8, .5, .5], [.4, .6, .5, .5]])
-    ax, _ = analysis.plot_class_means(means, ['cat', 'dog'], residual, 'net').axes
-    assert ax.images[0].get_array().data == pytest.approx(np.array([[-.1, 0], [.1, 0]]))  # λ1 of each merge
-    assert [tick.get_text() for tick in ax.get_yticklabels()] == ['cat', 'dog']
-    assert [tick.get_text() for tick in ax.get_xticklabels()] == ['layer1.0', 'layer1.1']
-    assert ax.get_xticks().tolist() == [0, 1]
-    dense = dict(a=torch.ones(1, 2) / 2, b=torch.ones(1, 3) / 3)
-    ax, _ = analysis.plot_class_means(np.arange(10.).reshape(2, 5), ['cat', 'dog'], dense, 'net').axes
-    assert ax.images[0].get_array().shape == (2, 5) and ax.get_xticks().tolist() == [0, 2]
 
 
 def test_curves():
@@ -525,13 +473,6 @@ def test_data_of_other_classes_end_it_with_nothing_left(world, tmp_path, capsys)
     assert analyze(world, tmp_path / 'new' / 'out', '--checkpoint', tmp_path / 'two.pth', '--num-classes', 2) == 1
     assert 'The model has 2 classes, and the data have others' in capsys.readouterr().err
     assert not list((tmp_path / 'new').iterdir())
-
-
-def test_lda_needs_labels(world, tmp_path, capsys):
-    data = world / 'data' / 'validation' / 'red'
-    assert analyze(world, tmp_path / 'out', '--data-dir', data, '--train-split', 'train') == 1
-    assert 'need labels of two classes or more: leave --train-split out' in capsys.readouterr().err
-    assert not list(tmp_path.iterdir())
 
 
 def test_the_missing_extra_is_named(capsys, monkeypatch):

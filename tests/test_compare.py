@@ -6,9 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-import timm
 import torch
-from torch import nn
 
 from timm_awm import compare
 from timm_awm.layers import merge_parameters

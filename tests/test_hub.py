@@ -14,9 +14,9 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file, save
 from timm.utils import CheckpointSaver, ModelEmaV3
+from timm_awm.cli import main
 from torch import nn
 
-from timm_awm.cli import main
 from timm_awm.hub import describe, export_run, load_folder, save_for_hub
 from timm_awm.hub.run import without_paths
 from timm_awm.layers import MixingWeights

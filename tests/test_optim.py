@@ -237,18 +237,6 @@ def test_no_gradient_is_computed_for_the_frozen_side():
     assert flops['merge'] / flops['backbone'] < 0.67
 
 
-def test_gradients_from_before_the_freeze_are_dropped():
-    model = net()
-    optimizer = alternating(model, base='sgd', period=1, lr=.1)
-    loss_of(model, 0).backward()  # before anybody has said which epoch it is: gradients on both sides
-    before = copy.deepcopy(sides(model)['merge'])
-    optimizer.set_epoch(0)
-    for p in sides(model)['merge']:
-        p.grad = torch.ones_like(p)  # as DDP puts them there
-    optimizer.step()
-    assert all(torch.equal(p, q) for p, q in zip(sides(model)['merge'], before))
-
-
 def all_require_grad(model):
     return all(p.requires_grad for p in model.parameters())
 
@@ -271,29 +259,6 @@ def test_unfreeze():
     assert all_require_grad(model)
     optimizer.set_epoch(2)
     assert not any(p.requires_grad for p in sides(model)['merge'])
-
-
-@pytest.mark.parametrize('epochs, missing', [(1, 'AWM merge'), (2, 'backbone')])
-def test_a_side_that_another_optimizer_has_frozen_is_missed(epochs, missing):
-    model = net()
-    optimizer = alternating(model, base='sgd', period=1, lr=.1)
-    train(model, optimizer, epochs)
-    with pytest.raises(ValueError, match=rf'found no {missing}.*unfreeze\(\)'):
-        alternating(model, base='sgd', period=1, lr=.1)
-    optimizer.unfreeze()
-    train(model, alternating(model, base='sgd', period=1, lr=.1), 2)
-
-
-def test_merges_alone_train_jointly_if_the_user_has_frozen_the_backbone():
-    model = net()
-    for p in sides(model)['backbone']:
-        p.requires_grad_(False)
-    with pytest.raises(ValueError, match='found no backbone that requires gradients.*train=merge'):
-        alternating(model, base='sgd', period=1, lr=.1)
-    before = copy.deepcopy(model)
-    train(model, alternating(model, base='sgd', period=0, lr=.1), 1)
-    for side, params in sides(model).items():
-        assert all(torch.equal(p, q) == (side == 'backbone') for p, q in zip(params, sides(before)[side]))
 
 
 TRAIN = ['merge', 'merge+head']
@@ -400,22 +365,6 @@ def test_a_state_with_the_head_fits_no_other(filter_bias_and_bn):
             alternating(awm_net(), **other, **kwargs).load_state_dict(state)
 
 
-@pytest.mark.parametrize('train', TRAIN)
-def test_train_distributed_checkpoint(train, tmp_path):
-    model = awm_net()
-    optimizer = alternating(model, base='adamw', train=train, lr=.01)
-    steps(model, optimizer, 0, 2)
-    dcp.save(dict(zip(('model', 'optimizer'), get_state_dict(model, optimizer))), checkpoint_id=tmp_path)
-    other = awm_net()
-    other_optimizer = alternating(other, base='adamw', train=train, lr=.01)
-    state = dict(zip(('model', 'optimizer'), get_state_dict(other, other_optimizer)))
-    dcp.load(state, checkpoint_id=tmp_path)
-    set_state_dict(other, other_optimizer, model_state_dict=state['model'], optim_state_dict=state['optimizer'])
-    for args in ((model, optimizer), (other, other_optimizer)):
-        steps(*args, 2, 4)
-    assert_same_state(model, other)
-
-
 def test_train_under_lookahead():
     model = awm_net()
     before = copy.deepcopy(model)
@@ -455,19 +404,6 @@ def test_train_finds_nothing_to_train(make, message):
         alternating(make(), base='sgd', train='merge+head', lr=.1)
 
 
-def test_train_misses_a_backbone_that_another_optimizer_has_frozen():
-    model = awm_net()
-    first = alternating(model, base='sgd', train='merge', lr=.1)
-    with pytest.raises(ValueError, match=r'no backbone.*unfreeze\(\)'):
-        alternating(model, base='sgd', train='merge', lr=.1)
-    first.unfreeze()
-    second = alternating(model, base='sgd', train='merge', lr=.1)
-    del first
-    gc.collect()
-    assert {k for k, p in model.named_parameters() if p.requires_grad} == trained_names(model, 'merge')
-    del second
-
-
 def test_copies_go_on_alike():
     model = net()
     optimizer = alternating(model, base='sgd', period=2, lr=.1, momentum=.9)
@@ -481,20 +417,6 @@ def test_copies_go_on_alike():
         train(m, o, 7, start=3)
     assert_equal(model, other)
     assert_equal(model, third)
-
-
-def test_loading_a_state_of_the_other_phase_loses_no_step():
-    model = net()
-    optimizer = alternating(model, base='sgd', period=1, lr=.1)
-    optimizer.set_epoch(0)
-    early = copy.deepcopy(optimizer.state_dict())
-    optimizer.set_epoch(1)
-    optimizer.load_state_dict(early)
-    before = copy.deepcopy(model)
-    loss_of(model, 0).backward()
-    optimizer.step()
-    assert not any(torch.equal(p, q) for p, q in zip(sides(model)['backbone'], sides(before)['backbone']))
-    assert all(torch.equal(p, q) for p, q in zip(sides(model)['merge'], sides(before)['merge']))
 
 
 @pytest.mark.parametrize('epoch', [-1, 1.5, '3', torch.tensor(1), None, True])
@@ -619,17 +541,6 @@ def test_closure():
             assert optimizer.step(closure).item() > 0
     train_by_hand(by_hand, BASES['sgd'][1], 4, lambda epoch: ['backbone', 'merge'][epoch % 2])
     assert_equal(model, by_hand)
-
-
-def test_synchronised_batch_norm_takes_turns_too():
-    model = timm.layers.convert_sync_batchnorm(timm.create_model('awm_resnet14_cifar'))
-    optimizer = alternating(model, base='sgd', period=1, lr=.1)
-    norms = [m for m in model.modules() if isinstance(m, nn.SyncBatchNorm)]
-    assert len(norms) > 10
-    for epoch in range(2):
-        optimizer.set_epoch(epoch)
-        assert {p.requires_grad for m in norms for p in m.parameters()} == {epoch == 0}
-        assert {p.requires_grad for k, p in model.named_parameters() if '.merge.' in k} == {epoch == 1}
 
 
 @pytest.mark.parametrize('base', ['sgd', 'adamw'])

@@ -1,4 +1,4 @@
-"""The recipes and the commands in their README: spelt as train.py has it, accepted by timm, cut where the authors cut."""
+"""The recipes and the commands in their README: spelt as train.py has it, accepted by timm, cut as the authors cut."""
 import argparse
 import importlib.util
 import os
@@ -92,8 +92,8 @@ def test_a_control_differs_in_nothing_but_merges_and_alternation(name):
     awm, control = RECIPES[name], RECIPES[control_name]
 
     def rest(recipe):
-        options = {
-            k: v for k, v in recipe.get('opt_kwargs', {}).items() if k not in ('base', 'period', 'merge_period', 'train')}
+        turns = ('base', 'period', 'merge_period', 'train')
+        options = {k: v for k, v in recipe.get('opt_kwargs', {}).items() if k not in turns}
         own = ('model_kwargs', 'opt', 'lr') if merges_alone else ('model_kwargs', 'opt')  # what is trained starts anew
         return {**{k: v for k, v in recipe.items() if k not in own}, 'opt_kwargs': options}
 

@@ -14,8 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from timm_awm import cli, scripts
-from timm_awm.scripts import find_checkpoint, find_recipe, find_script
+from timm_awm import scripts
+from timm_awm.hub.run import TrainingRun
+from timm_awm.scripts import find_recipe, find_script
+from timm_awm_cli.main import main
 
 REPORT = '''\
 # Copyright Ross Wightman
@@ -58,7 +60,7 @@ def command(clean, monkeypatch):
     def command(*args):
         became = []
         monkeypatch.setattr(os, 'execv', lambda path, argv: became.append(argv[1:]))
-        assert cli.main(list(args)) == 0
+        assert main(list(args)) == 0
         return became[0]
 
     return command
@@ -206,29 +208,29 @@ def cut(path):
 
 
 def test_newest_whole_checkpoint(tmp_path):
-    assert find_checkpoint(tmp_path / 'new') is None
+    assert TrainingRun(tmp_path / 'new').last_checkpoint() is None
     tmp = cut(save(tmp_path / 'tmp.pth.tar'))  # killed in the first save
-    assert find_checkpoint(tmp_path) is None
+    assert TrainingRun(tmp_path).last_checkpoint() is None
     last = save(tmp_path / 'last.pth.tar')  # files that are copied do not keep their times
     save(tmp_path / 'checkpoint-9.pth.tar')
     old = save(tmp_path / 'checkpoint-10.pth.tar')
     last.rename(tmp_path / 'away')
     save(tmp_path / 'recovery-11-4.pth.tar')
-    assert find_checkpoint(tmp_path) == old
+    assert TrainingRun(tmp_path).last_checkpoint() == old
     (tmp_path / 'away').rename(last)
-    assert find_checkpoint(tmp_path) == last
+    assert TrainingRun(tmp_path).last_checkpoint() == last
     save(tmp)  # killed before it took the place of the last
-    assert find_checkpoint(tmp_path) == tmp
+    assert TrainingRun(tmp_path).last_checkpoint() == tmp
     cut(tmp)
-    assert find_checkpoint(tmp_path) == last
+    assert TrainingRun(tmp_path).last_checkpoint() == last
     damaged = bytearray(last.read_bytes())
     damaged[len(damaged) // 2] ^= 1
     last.write_bytes(damaged)
-    assert find_checkpoint(tmp_path) == old
+    assert TrainingRun(tmp_path).last_checkpoint() == old
     cut(old)
     cut(tmp_path / 'checkpoint-9.pth.tar')
-    with pytest.raises(ValueError, match='Every checkpoint in .* is damaged: move the folder away'):
-        find_checkpoint(tmp_path)
+    with pytest.raises(ValueError, match='Every checkpoint in .* is damaged: move it away'):
+        TrainingRun(tmp_path).last_checkpoint()
 
 
 def test_resume_auto(clean, command, capsys):
@@ -244,9 +246,9 @@ def test_resume_auto(clean, command, capsys):
     assert command('train', '-c', 'mine.yaml')[3:-2] == ['--resume', 'out/x/last.pth.tar']
     assert command('train', '-c', 'mine.yaml', '--resume', '', '--output', '')[3:-2] == ['--output', '', '--resume', '']
     assert command('train', '--resume', 'some.pth.tar')[1:-2] == ['--resume', 'some.pth.tar']
-    assert cli.main(['train', '--resume', 'auto']) == 1
+    assert main(['train', '--resume', 'auto']) == 1
     assert '--resume auto needs --experiment NAME' in capsys.readouterr().err
-    assert cli.main([*args, '--start-epoch=3']) == 1
+    assert main([*args, '--start-epoch=3']) == 1
     assert 'leave --start-epoch out' in capsys.readouterr().err
 
 
@@ -254,7 +256,7 @@ def test_resume_auto(clean, command, capsys):
 def test_bad_config(text, message, clean, capsys):
     script(clean / 'train.py')
     (clean / 'mine.yaml').write_text(text)
-    assert cli.main(['train', '-c', 'mine.yaml']) == 1
+    assert main(['train', '-c', 'mine.yaml']) == 1
     assert f'mine.yaml {message}' in capsys.readouterr().err
 
 
@@ -266,6 +268,6 @@ def test_damage_is_no_other_error(bit, tmp_path):
     damaged[-1 - bit // 8 % len(damaged)] ^= 1 << bit % 8
     path.write_bytes(damaged)
     try:
-        assert find_checkpoint(tmp_path) == path  # none of its data: torch will see it or need not
+        assert TrainingRun(tmp_path).last_checkpoint() == path  # none of its data: torch will see it or need not
     except ValueError as error:
         assert 'is damaged' in str(error)

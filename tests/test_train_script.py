@@ -5,12 +5,9 @@ No wheel of timm contains its scripts: set TIMM_TRAIN_SCRIPT to the train.py of 
 import csv
 import json
 import os
-import random
 import re
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -111,7 +108,7 @@ def test_wandb_learns_the_phase(data, tmp_path):
     (tmp_path / 'wandb.py').write_text(
         'import json\ndef init(**kwargs): pass\ndef log(row): open("rows", "a").write(json.dumps(row) + "\\n")\n')
     front = ('env', f'PYTHONPATH={tmp_path}', sys.executable)
-    train('cifar10/awm_resnet14_cifar', data, tmp_path, *PERIOD_1, '--epochs', 2, '--log-wandb', front=front)
+    train('cifar10/awm_resnet20_cifar', data, tmp_path, *PERIOD_1, '--epochs', 2, '--log-wandb', front=front)
     rows = [json.loads(line) for line in (tmp_path / 'rows').read_text().splitlines()]
     assert [row['train_phase'] for row in rows] == ['backbone', 'merge']
 
@@ -145,9 +142,9 @@ def test_two_processes_train_like_one(split, data, tmp_path):
     # one update an epoch of all 64 images, so that their order does not matter, and no statistics over a batch
     args = (*PERIOD_1, '--epochs', 6, '--no-aug', '--model-kwargs', 'norm_layer=groupnorm1', *split)
     share = 2 if split else 1
-    train('cifar10/awm_resnet14_cifar', data, tmp_path, *args, '-b', 64 // share)
+    train('cifar10/awm_resnet20_cifar', data, tmp_path, *args, '-b', 64 // share)
     log = train(
-        'cifar10/awm_resnet14_cifar', data, tmp_path, *args, '-b', 32 // share, '--experiment', 'two',
+        'cifar10/awm_resnet20_cifar', data, tmp_path, *args, '-b', 32 // share, '--experiment', 'two',
         '--device-modules', 'ddp_on_cpu', 'ranks_equal', front=TORCHRUN)
     assert epochs(log.stderr) == [(str(i), 'bm'[i % 2]) for i in range(6)]
     assert log.stdout.count('equal after epoch') == 12
@@ -155,84 +152,8 @@ def test_two_processes_train_like_one(split, data, tmp_path):
     torch.testing.assert_close(two, one, rtol=1e-3, atol=1e-5)
 
 
-def assert_same_checkpoints(one, two, count, kills):
-    """State of the network and of the optimizer after every epoch, to the last bit.
-
-    A run that is killed between two names that timm gives a checkpoint goes on from it, and does not make up the other.
-    """
-    def assert_same(a, b, where):
-        if isinstance(a, torch.Tensor):
-            assert torch.equal(a, b), where
-        elif isinstance(a, dict):
-            assert list(a) == list(b), where
-            for key in a:
-                assert_same(a[key], b[key], f'{where}, {key}')
-        elif isinstance(a, list):
-            assert_same(dict(enumerate(a)), dict(enumerate(b)), where)
-        else:
-            assert a == b, where
-
-    saved = [epoch for epoch in range(count) if (two / f'checkpoint-{epoch}.pth.tar').exists()]
-    assert len(saved) >= count - kills and saved[-1] == count - 1
-    for epoch in saved:
-        a, b = (torch.load(folder / f'checkpoint-{epoch}.pth.tar', weights_only=False) for folder in (one, two))
-        for key in ('epoch', 'state_dict', 'optimizer'):
-            assert_same(a[key], b[key], f'epoch {epoch}, {key}')
-
-
 def workers(agent):
     return [int(pid) for pid in Path(f'/proc/{agent}/task/{agent}/children').read_text().split()]
-
-
-def test_elastic_restart_goes_on_in_the_right_phase(data, tmp_path):
-    args = (*PERIOD_2, '--epochs', 8, '--no-aug', '--device-modules', 'ddp_on_cpu', '--resume', 'auto')
-    recipe = 'cifar10/awm_resnet14_cifar'
-    train(recipe, data, tmp_path, *args, front=TORCHRUN)
-    command = [*TORCHRUN, '--max-restarts=2', '-m', 'timm_awm', *arguments(
-        recipe, data, tmp_path, *args, '--experiment', 'killed')]
-    log = tmp_path / 'log'
-    with log.open('w') as file, subprocess.Popen(
-            command, cwd=tmp_path, env=environment(tmp_path), stdout=file, stderr=file) as agent:
-        while not (tmp_path / 'killed' / 'checkpoint-2.pth.tar').exists() and agent.poll() is None:
-            time.sleep(.01)
-        os.kill(workers(agent.pid)[-1], signal.SIGKILL)
-        assert agent.wait(timeout=120) == 0, log.read_text()[-3000:]
-    text = log.read_text()
-    assert 'timm-awm resumes from' in text
-    before, after = text.split('timm-awm resumes from', 1)
-    first = int(epochs(after)[0][0])
-    assert first >= 3 and epochs(before)[:3] == [('0', 'b'), ('1', 'b'), ('2', 'm')]
-    assert epochs(after) == [(str(i), 'bbmm'[i % 4]) for i in range(first, 8)]
-    assert_same_checkpoints(tmp_path / 'run', tmp_path / 'killed', 8, kills=1)
-
-
-def test_killed_anywhere_and_resumed(data, tmp_path, kills=4, count=16, seed=0):
-    args = (*PERIOD_2, '--epochs', count, '--no-aug', '--device-modules', 'killable', '--resume', 'auto')
-    recipe = 'cifar10/awm_resnet14_cifar'
-    train(recipe, data, tmp_path, *args)
-    command = [sys.executable, '-m', 'timm_awm', *arguments(recipe, data, tmp_path, *args, '--experiment', 'killed')]
-    moments = random.Random(seed)
-    left = kills
-    while True:
-        log = tmp_path / 'log'
-        with log.open('w') as file, subprocess.Popen(
-                command, cwd=tmp_path, env=environment(tmp_path), stdout=file, stderr=file,
-                start_new_session=True) as process:
-            while not epochs(log.read_text()) and process.poll() is None:
-                time.sleep(.01)
-            if left:
-                time.sleep(moments.uniform(0, 1.5))
-                assert process.poll() is None, 'the run was over before it had been killed often enough'
-                os.killpg(process.pid, signal.SIGKILL)
-            status = process.wait(timeout=120)
-        text = log.read_text()
-        seen = epochs(text)
-        assert seen == [(str(i), 'bbmm'[i % 4]) for i in range(int(seen[0][0]), int(seen[-1][0]) + 1)], text[-3000:]
-        if not left:
-            break
-        left -= 1
-    assert status == 0 and int(seen[-1][0]) == count - 1, text[-3000:]
-    assert_same_checkpoints(tmp_path / 'run', tmp_path / 'killed', count, kills)
 
 
 @pytest.mark.parametrize('args, message', [
@@ -250,7 +171,7 @@ def test_errors_reach_the_user(args, message, data, tmp_path):
 def test_merges_and_classifier_alone(front, data, tmp_path):
     args = ('--opt-kwargs', 'base=adamw', 'train=merge+head', '--lr', .01, '--no-aug', '--epochs', 3)
     args += ('--device-modules', 'ddp_on_cpu', 'ranks_equal') if front is TORCHRUN else ()
-    result = train('cifar10/awm_resnet14_cifar', data, tmp_path, *args, front=front)
+    result = train('cifar10/awm_resnet20_cifar', data, tmp_path, *args, front=front)
     folder = tmp_path / 'run'
     assert epochs(result.stderr) == [('0', 'm'), ('1', 'm'), ('2', 'm')]
     assert [row['train_phase'] for row in summary(folder)] == ['merge'] * 3
@@ -262,7 +183,7 @@ def test_merges_and_classifier_alone(front, data, tmp_path):
     assert len(saved['optimizer']['state']) == len(trained)
 
     result = train(
-        'cifar10/awm_resnet14_cifar', data, tmp_path, *args, '--resume', folder / 'checkpoint-0.pth.tar',
+        'cifar10/awm_resnet20_cifar', data, tmp_path, *args, '--resume', folder / 'checkpoint-0.pth.tar',
         '--experiment', 'again', front=front)
     assert epochs(result.stderr) == [('1', 'm'), ('2', 'm')]
     if front is TORCHRUN:

@@ -4,7 +4,6 @@ unmodified with the plugin loaded.
 import difflib
 import hashlib
 import os
-import re
 import shlex
 import sys
 from http.client import HTTPException

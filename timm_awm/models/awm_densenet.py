@@ -17,7 +17,7 @@ from timm.models.densenet import DenseBlock, DenseLayer
 from torch import Tensor, nn
 
 from ..layers import ConcatMerge, fused_concat
-from .builder import AWM_BLOCKS, AWM_CLASSES, CIFAR10_CFG, AwmModel, refuse_stem_arguments, register_awm_model
+from .builder import AWM_BLOCKS, AWM_CLASSES, CIFAR10_CFG, AwmModel, register_awm_model
 from .checkpoint import identity_cfgs
 
 __all__ = ['AwmDenseNet', 'CifarDenseNet', 'AwmCifarDenseNet']
@@ -87,7 +87,6 @@ class CifarDenseNet(DenseNet):
 
     def __init__(
             self, *args: Any, in_chans: int = 3, device: Any = None, dtype: Any = None, **kwargs: Any) -> None:
-        refuse_stem_arguments(kwargs, 'stem_type')
         # timm's stem is made for large images: build with it, four times too coarse, then correct
         super().__init__(*args, in_chans=in_chans, device=device, dtype=dtype, **kwargs)
         conv0 = self.features.conv0

@@ -19,7 +19,7 @@ from timm.models._features import feature_take_indices  # private: there is no o
 from torch import Tensor, nn
 
 from ..layers import SumMerge, fused_sum
-from .builder import AWM_BLOCKS, AWM_CLASSES, CIFAR10_CFG, AwmModel, refuse_stem_arguments, register_awm_model
+from .builder import AWM_BLOCKS, AWM_CLASSES, CIFAR10_CFG, AwmModel, register_awm_model
 from .checkpoint import identity_cfgs
 
 __all__ = ['AwmResNet', 'CifarResNet', 'AwmCifarResNet']
@@ -123,7 +123,6 @@ class CifarResNet(ResNet):
             dtype: Any = None,
             **kwargs: Any,
     ) -> None:
-        refuse_stem_arguments(kwargs, 'stem_type', 'stem_width', 'replace_stem_pool', 'channels')
         if output_stride not in (2, 4):
             raise ValueError(f'A CIFAR ResNet has an output stride of 2 or 4, not {output_stride}.')
         # timm's stem and strides are made for large images: build with those, four times too coarse, then correct

@@ -11,7 +11,7 @@ from .checkpoint import SAFETENSORS, checkpoint_filter, checkpoint_problem
 
 __all__ = [
     'AWM_BLOCKS', 'AWM_CLASSES', 'CIFAR10_CFG', 'AwmModel', 'add_merges', 'classifier_parameters', 'create_awm_model',
-    'refuse_stem_arguments', 'register_awm_model']
+    'register_awm_model']
 
 # timm's plain classes -> ours with merges. Each family adds its own.
 AWM_BLOCKS: Dict[Type[nn.Module], Type[nn.Module]] = {}
@@ -157,14 +157,3 @@ def register_awm_model(module: Dict[str, Any], name: str, plain: Callable[..., n
     entrypoint.__module__ = module['__name__']
     entrypoint.__doc__ = f'{name.removeprefix("awm_")} with AWM merges.'
     module[name] = register_model(entrypoint)
-
-
-def refuse_stem_arguments(kwargs: Mapping[str, Any], *names: str) -> None:
-    """For the 32x32 networks, which have a stem and widths of their own.
-
-    Raises:
-        TypeError: One of the names is among the arguments.
-    """
-    for name in names:
-        if name in kwargs:
-            raise TypeError(f'{name} is not an argument of the 32x32 networks, whose stem and widths are given.')
