@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..layers import MixingWeights
 from .observe import Batches, eval_mode
-from .profile import depth_axes, label_merges
+from .profile import depth_figure, label_merges
 
 __all__ = ['Ablation', 'ablate', 'identity_merges', 'plot_ablations']
 
@@ -81,7 +81,7 @@ def plot_ablations(models: Mapping[str, Ablation]) -> Figure:
     Args:
         models: Label of the model -> the result of `ablate`.
     """
-    ax = depth_axes(max(len(ablation.merges) for ablation in models.values()))
+    figure, ax = depth_figure(max(len(ablation.merges) for ablation in models.values()))
     for label, (top1, constant, without_all, merges) in models.items():
         line, = ax.plot(
             range(1, len(merges) + 1), [value - top1 for value in merges.values()], marker='o',
@@ -93,7 +93,7 @@ def plot_ablations(models: Mapping[str, Ablation]) -> Figure:
     ax.set_ylabel('change of the top-1 accuracy, points')
     ax.set_title('Merges held constant after training; at the identity: λ = 1/n')
     ax.legend()
-    return ax.figure
+    return figure
 
 
 def _mixing_weights(model: nn.Module) -> Dict[str, MixingWeights]:

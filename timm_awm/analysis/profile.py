@@ -10,7 +10,7 @@ from torch import Tensor
 
 __all__ = [
     'Profile', 'profile', 'class_means', 'between_class_share', 'plot_profile', 'plot_profiles', 'plot_path_profile',
-    'plot_class_means', 'depth_axes', 'label_merges']
+    'plot_class_means', 'depth_figure', 'label_merges']
 
 MERGES = 'merge, from the input to the output of the network'
 
@@ -95,14 +95,14 @@ def plot_profiles(models: Mapping[str, Dict[str, Tensor]]) -> Figure:
     Args:
         models: Label of the model -> its λ, as for `plot_profile`.
     """
-    ax = depth_axes(max(map(len, models.values())))
+    figure, ax = depth_figure(max(map(len, models.values())))
     for label, lambdas in models.items():
         plot_profile(lambdas, ax, label)
     label_merges(ax, [list(lambdas) for lambdas in models.values()])
     ax.axhline(0.5, color='gray', linestyle='--', label='plain: both weigh the same')
     ax.set_title('λ1 over the depth, mean ± one standard deviation over the images')
     ax.legend()
-    return ax.figure
+    return figure
 
 
 def plot_path_profile(lambdas: Dict[str, Tensor], label: str) -> Figure:
@@ -161,9 +161,10 @@ def plot_class_means(means: np.ndarray, classes: Sequence[str], lambdas: Dict[st
     return figure
 
 
-def depth_axes(merges: int) -> Axes:
-    """Axes of a figure of their own, wide enough for so many merges."""
-    return Figure(figsize=(max(8, 0.2 * merges), 5), layout='constrained').subplots()
+def depth_figure(merges: int) -> Tuple[Figure, Axes]:
+    """A figure wide enough for so many merges."""
+    figure = Figure(figsize=(max(8, 0.2 * merges), 5), layout='constrained')
+    return figure, figure.subplots()
 
 
 def label_merges(ax: Axes, models: Sequence[Sequence[str]]) -> None:

@@ -71,9 +71,9 @@ class _Analysis:
                 dict(model=label, merge=name, paths=len(mean), path=i + 1, mean=float(mean[i]), std=float(std[i]),
                      between_class_share=_share(seen.lambdas[name][:, i:i + 1], labels) if seen.labelled else None)
                 for i in range(len(mean))]
-        np.savez_compressed(
-            folder / 'lambda.npz', index=data.indices(len(labels)), label=labels, prediction=seen.predictions.numpy(),
-            **{name: value.numpy() for name, value in seen.lambdas.items()})
+        arrays: Dict[str, Any] = {name: value.numpy() for name, value in seen.lambdas.items()}
+        arrays.update(index=data.indices(len(labels)), label=labels, prediction=seen.predictions.numpy())
+        np.savez_compressed(folder / 'lambda.npz', **arrays)
         if seen.residual:
             self.residual[label] = seen.lambdas
             summary.update(save_ranking(folder, label, seen, data))
@@ -104,9 +104,10 @@ class _Analysis:
         prepared = str(train_data.config)
         if prepared not in self.pixels:
             batch_size = max(args.batch_size, PIXEL_BATCH)
-            batches = [ImageData(args, model, split, f'pixels, {split}', batch_size)
-                       for split in (args.train_split, args.split)]
-            self.pixels[prepared] = match(*reduce_pixels(*batches, min(COMPONENTS, len(train.labels))))
+            of_train, of_test = (
+                ImageData(args, model, split, f'pixels, {split}', batch_size)
+                for split in (args.train_split, args.split))
+            self.pixels[prepared] = match(*reduce_pixels(of_train, of_test, min(COMPONENTS, len(train.labels))))
         pixels = self.pixels[prepared]
         self.matches[f'{features.shape[1]} λ of {label}'] = curve
         self.matches[f'{math.prod(train_data.config["input_size"]):,} pixels'] = pixels
@@ -125,11 +126,12 @@ class _Analysis:
             models=self.summaries, settings=settings, timm_awm=__version__, timm=timm.__version__,
             torch=torch.__version__)
         (output / 'summary.json').write_text(json.dumps(record, indent=2, ensure_ascii=False), encoding='utf-8')
-        for name, found, plot in (
-                ('profile', self.residual, plot_profiles), ('ablation', self.ablations, plot_ablations),
-                ('cumulative-match', self.matches, plot_cumulative_matches)):
-            if found:
-                plot(found).savefig(output / f'{name}.png', dpi=120)
+        if self.residual:
+            plot_profiles(self.residual).savefig(output / 'profile.png', dpi=120)
+        if self.ablations:
+            plot_ablations(self.ablations).savefig(output / 'ablation.png', dpi=120)
+        if self.matches:
+            plot_cumulative_matches(self.matches).savefig(output / 'cumulative-match.png', dpi=120)
 
 
 def analyze(args: Namespace) -> None:
