@@ -95,11 +95,11 @@ def test_nothing_to_look_at():
 @pytest.mark.parametrize('name', [RESNET, DENSENET])
 def test_ablation_is_that_of_weights_set_to_zero(name):
     model = trained(name)
-    images = torch.cat([x for x, _ in batches(48, 48)])
+    images = torch.cat([x for x, _ in batches(96, 96)])
     with torch.no_grad():
         model.get_classifier().bias -= model(images).mean(0)  # or it would take all images for one class
         labels = model(images).argmax(1)  # so that whatever is lost shows
-    data = list(zip(images.split(20), labels.split(20)))
+    data = list(zip(images.split(40), labels.split(40)))
     lambdas = analysis.observe(model, data).lambdas
     result = analysis.ablate(model, data, lambdas)
 

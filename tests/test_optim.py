@@ -648,3 +648,22 @@ def test_state_of_another_optimizer():
     optimizer = alternating(model, base='sgd', period=3, lr=.1)
     with pytest.raises(ValueError, match='--no-resume-opt'):
         optimizer.load_state_dict(torch.optim.SGD(model.parameters(), lr=.1).state_dict())
+
+
+def test_a_compiled_network_follows_the_phases():
+    """Sides are frozen by requires_grad, which a compiled graph must notice."""
+    results = []
+    for compile in (False, True):
+        torch._dynamo.reset()
+        model = net()
+        optimizer = alternating(model, period=1, lr=.1)
+        forward = torch.compile(model, backend='aot_eager') if compile else model
+        for epoch in range(4):
+            optimizer.set_epoch(epoch)
+            loss_of(forward, epoch).backward()
+            assert {k for k, p in model.named_parameters() if p.grad is not None} == {
+                k for k, p in model.named_parameters() if p.requires_grad}
+            optimizer.step()
+            optimizer.zero_grad()
+        results.append(model.state_dict())
+    torch.testing.assert_close(*results)
