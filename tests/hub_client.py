@@ -16,7 +16,7 @@ from huggingface_hub import constants
 
 import timm_awm
 from timm_awm import hub
-from timm_awm.cli import main
+from timm_awm_cli.main import main
 
 torch.set_num_threads(1)
 for line in sys.stdin:

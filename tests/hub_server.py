@@ -118,6 +118,11 @@ class HubServer:
             server.shutdown()
             server.server_close()
 
+    def clear(self) -> None:
+        """Forgets repositories, faults and requests."""
+        for kept in (self.repos, self.faults, self.altered, self.requests):
+            kept.clear()
+
     def client_env(self, home: Path, token: Optional[str] = None) -> Dict[str, str]:
         """The environment for a client.
 
