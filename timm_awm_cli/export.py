@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         'folder', type=Path, metavar='FOLDER', help='new folder, of the name that the repository is to have')
     parser.add_argument('--checkpoint', default='last', metavar='last|best|FILE', help='which weights (%(default)s)')
     parser.add_argument(
-        '--ema', action=argparse.BooleanOptionalAction, default=True, help='averaged weights, if there are such (yes)')
+        '--ema', action=argparse.BooleanOptionalAction, default=True, help='averaged weights, if there are any (yes)')
     parser.add_argument('--tag', help='of the weights, such as t3_c10 (what follows the dot in FOLDER)')
     parser.add_argument('--license', help='of the weights (apache-2.0, or that of the weights of timm it started from)')
     parser.add_argument('--label-names', type=Path, metavar='FILE', help='names of the classes, a line each')

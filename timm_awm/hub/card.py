@@ -103,11 +103,8 @@ def describe(folder: Path, model: nn.Module) -> str:
     ]
     card = folder / CARD
     results = ModelCard.load(card, ignore_metadata_errors=True).data.eval_results if card.is_file() else None
-    lines += [
-        f'{result.metric_name or result.metric_type}: {result.metric_value} on {result.dataset_name}, '
-        f'{result.dataset_split}'
-        for result in results or []
-    ]
+    for r in results or []:
+        lines.append(f'{r.metric_name or r.metric_type}: {r.metric_value} on {r.dataset_name}, {r.dataset_split}')
     return '\n'.join(lines)
 
 

@@ -17,9 +17,10 @@ from ..models.checkpoint import SAFETENSORS
 from ..utils import new_folder
 from .card import write_card
 
-__all__ = ['CONFIG', 'load_folder', 'save_for_hub', 'write_model']
+__all__ = ['CONFIG', 'NEEDS', 'load_folder', 'save_for_hub', 'write_model']
 
 CONFIG = 'config.json'
+NEEDS = 'Needs the package timm-awm: pip install timm-awm, import timm_awm.'  # in descriptions
 # what a `pretrained_cfg` says about a model with any weights; the rest is about those that timm has for it
 KEPT = (
     'input_size', 'fixed_input_size', 'interpolation', 'crop_pct', 'crop_mode', 'mean', 'std', 'num_classes',
@@ -80,7 +81,7 @@ def write_model(
         cfg.update({name: [sum(cfg[name]) / len(cfg[name])] * chans for name in ('mean', 'std')})
     config['pretrained_cfg'] = {
         **cfg,
-        'description': f'{config["architecture"]}. Needs the package timm-awm: pip install timm-awm, import timm_awm.',
+        'description': f'{config["architecture"]}. {NEEDS}',
         **(pretrained_cfg or {}),
     }
     if label_names is not None:

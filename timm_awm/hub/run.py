@@ -20,7 +20,7 @@ from timm.models import clean_state_dict
 from .. import scripts
 from ..utils import new_folder
 from .card import Measured, Training, write_card
-from .folder import write_model
+from .folder import NEEDS, write_model
 
 __all__ = ['TrainingRun', 'export_run', 'without_paths']
 
@@ -76,9 +76,8 @@ class TrainingRun:
     def last_checkpoint(self) -> Optional[Path]:
         """The newest whole checkpoint of an epoch's end, or None.
 
-        A run that was killed may leave a checkpoint half-written, or the newest one only under the name that timm gives
-        it before it takes the place of `last.pth.tar`. Recovery checkpoints are of the middle of an epoch, whose rest
-        train.py would leave out: they are not taken.
+        A run that was killed may leave a checkpoint half-written, or the newest one only as `tmp.pth.tar`, which timm
+        renames to `last.pth.tar`. Recovery checkpoints are not taken: train.py would leave out the rest of their epoch.
 
         Raises:
             ValueError: All checkpoints are damaged.
@@ -132,7 +131,7 @@ class TrainingRun:
                     class_map=self.args.get('class_map') or '',
                 ).reader.class_to_idx
             if sorted(index.values()) != list(range(num_classes)):
-                raise ValueError(f'it has not {num_classes} classes')
+                raise ValueError(f'it does not have {num_classes} classes')
         except Exception as error:  # readers of data that may be gone raise anything
             print(f'Label names: not known from the data set ({error!r}); --label-names gives them.')
             return None
@@ -156,10 +155,10 @@ def export_run(
         run: The run's folder.
         folder: New folder, of the name that the repository is to have.
         checkpoint: 'last', 'best' (of the evaluated epochs), or a file.
-        use_ema: Take the averaged weights, if the run kept such. They are what train.py evaluates then.
+        use_ema: Take the averaged weights, if the run has them. train.py evaluates these.
         tag: Of these weights, such as t3_c10.
-        license: Of these weights; if not given, that of the weights of timm which the run started from, apache-2.0 if
-            it started from none, and none if it started from those of a file.
+        license: Of these weights; if not given, that of timm's weights from which the run started, apache-2.0 if it
+            started from none, no licence if it started from a file.
         label_names: Of the classes, in order; if not given, those of the data set, if it is at hand.
         data_id: The data set's name on the Hub, if args.yaml does not say it.
         results: For a split, such as 'test', what timm's validate.py measured there with --results-file.
@@ -190,12 +189,9 @@ def export_run(
     cfg = dict(
         resolve_data_config(args, model=model),
         paper_ids='arXiv:1811.06878',
-        description=(
-            f'{model.pretrained_cfg["architecture"]} trained on {data}. '
-            'Needs the package timm-awm: pip install timm-awm, import timm_awm.'),
-        **(dict(tag=tag) if tag else {}),
-        **(dict(license=license) if license else {}),
+        description=f'{model.pretrained_cfg["architecture"]} trained on {data}. {NEEDS}',
     )
+    cfg.update({key: value for key, value in (('tag', tag), ('license', license)) if value})
     measured = [_measured(split, file) for split, file in (results or {}).items()]
     # train.py evaluates the averaged weights, unless they are kept on the CPU; other files may be of other epochs
     evaluated_ema = bool(args.get('model_ema')) and not args.get('model_ema_force_cpu')
