@@ -300,9 +300,7 @@ class _Handler(BaseHTTPRequestHandler):
         objects = [dict(oid=item['oid'], size=item['size']) for item in asked['objects']]
         for item in objects:
             if item['oid'] not in repo.objects:
-                upload = f'{self.hub.cdn}/cdn/{repo_id}/{item["oid"]}'
-                verify = f'{self.hub.endpoint}/{repo_id}.git/info/lfs/objects/verify'
-                item['actions'] = dict(upload=dict(href=upload), verify=dict(href=verify))
+                item['actions'] = dict(upload=dict(href=f'{self.hub.cdn}/cdn/{repo_id}/{item["oid"]}'))
         return _json(dict(transfer='basic', objects=objects))
 
     @_route('PUT', '/cdn/{repo_id}/{oid}')
@@ -311,10 +309,6 @@ class _Handler(BaseHTTPRequestHandler):
             raise _Refusal(400, 'BadDigest')
         self.hub.repos[repo_id].objects[oid] = self.body
         return 200, {}, b''
-
-    @_route('POST', '/{repo_id}.git/info/lfs/objects/verify')
-    def lfs_verify(self, repo_id: str) -> Answer:
-        return _json({})  # the upload has been checked
 
     @_route('POST', '/api/models/{repo_id}/commit/{revision}')
     def commit(self, repo_id: str, revision: str) -> Answer:
