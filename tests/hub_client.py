@@ -13,10 +13,10 @@ from pathlib import Path
 import timm
 import torch
 from huggingface_hub import constants
-from timm_awm.cli import main
 
 import timm_awm
 from timm_awm import hub
+from timm_awm_cli.main import main
 
 torch.set_num_threads(1)
 for line in sys.stdin:

@@ -2,11 +2,11 @@
 
     with HubServer({'hf_me': 'me'}) as hub:
         hub.create_repo('me/model', files={'config.json': b'{}'})
-        subprocess.run([sys.executable, '-c', code], env=hub.client_env(tmp_path / 'home', 'hf_me'))
+        subprocess.run([sys.executable, '-c', code], env=hub.client_env(tmp_path / 'home'))
 
-Clients run in subprocesses, since HF_ENDPOINT is read at import. Statuses, codes and messages of errors are the Hub's,
-as far as they are known. One differs: a 401 for a repository has the code RepoNotFound, without which the client would
-raise RepositoryNotFoundError over https only.
+Clients run in subprocesses, since HF_ENDPOINT is read at import. Statuses, codes and messages of errors are the Hub's.
+One differs: a 401 for a repository has the code RepoNotFound, without which the client would raise
+RepositoryNotFoundError over https only.
 """
 import base64
 import hashlib
@@ -14,13 +14,11 @@ import json
 import os
 import re
 import secrets
-import socket
-import struct
 import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Set, Tuple, Union
+from typing import Any, Callable, Dict, List, Optional, Tuple, Union
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 LFS_SUFFIXES = ('.safetensors', '.bin')
@@ -37,8 +35,7 @@ class Fault:
         path: Regular expression, searched for in path and query. LFS files are sent from /cdn/{repo}/{sha256}/{path}
             and uploaded to /cdn/{repo}/{sha256}.
         action: Instead of what was asked for, an HTTP status, or 'close', which ends the connection without an answer.
-            After what was asked for, 'truncate', which ends the connection after half of the answer's body, or 'reset',
-            which does so by a TCP reset. An answer to HEAD or PUT has no body and gets through.
+            After what was asked for, 'truncate', which ends the connection after half of the answer's body.
         times: How many requests it has yet to happen to.
     """
     method: str
@@ -51,18 +48,12 @@ class Fault:
 class Repo:
     """A repository. Its branches, pull requests (refs/pr/1) included, name commits, each of which has all its files."""
     private: bool = False
-    gated: bool = False
-    accepted: Set[str] = field(default_factory=set)  # users that may download from it while it is gated
     branches: Dict[str, str] = field(default_factory=dict)
     commits: Dict[str, Dict[str, bytes]] = field(default_factory=dict)
     objects: Dict[str, bytes] = field(default_factory=dict)  # contents by SHA-256, committed or only uploaded
 
     def files(self, revision: str = 'main') -> Dict[str, bytes]:
-        """Content by path at a branch, pull request or commit.
-
-        Raises:
-            KeyError: There is no such revision.
-        """
+        """Content by path at a branch, pull request or commit."""
         return self.commits[self.branches.get(revision, revision)]
 
     def commit(
@@ -71,15 +62,11 @@ class Repo:
             revision: str = 'main',
             branch: Optional[str] = None,
     ) -> str:
-        """Commits all changes at once.
+        """Commits new contents by path, of which None deletes; returns the commit's id.
 
         Args:
-            changes: New content by path; None deletes.
             revision: The parent.
             branch: What moves to the new commit, `revision` if not given.
-
-        Returns:
-            The commit's id.
         """
         files = {k: v for k, v in {**self.files(revision), **changes}.items() if v is not None}
         self.objects.update((_sha256(content), content) for content in files.values())
@@ -118,30 +105,29 @@ class HubServer:
             server.shutdown()
             server.server_close()
 
-    def client_env(self, home: Path, token: Optional[str] = None) -> Dict[str, str]:
-        """The environment for a client.
+    def clear(self) -> None:
+        """Forgets repositories, faults and requests."""
+        for kept in (self.repos, self.faults, self.altered, self.requests):
+            kept.clear()
 
-        Args:
-            home: Its HF_HOME, with the cache.
-            token: Its token, none if not given.
-        """
+    def client_env(self, home: Path) -> Dict[str, str]:
+        """The environment for a client whose HF_HOME is `home`."""
         env = {k: v for k, v in os.environ.items() if not k.startswith(('HF_', 'HUGGING'))}
         env.update({k: '127.0.0.1,127.0.0.2' for k in ('NO_PROXY', 'no_proxy')})
         env.update(HF_ENDPOINT=self.endpoint, HF_HOME=str(home), HF_HUB_DISABLE_TELEMETRY='1')
         env['HF_HUB_DISABLE_XET'] = '1'  # with hf-xet, nothing would be uploaded as LFS
-        return env if token is None else {**env, 'HF_TOKEN': token}
+        return env
 
     def create_repo(
             self,
             repo_id: str,
             private: bool = False,
-            gated: bool = False,
             files: Optional[Dict[str, bytes]] = None,
     ) -> Repo:
         """Creates a repository with the Hub's initial commit, and `files` in a second one."""
         initial = {'.gitattributes': b'*.bin filter=lfs -text\n*.safetensors filter=lfs -text\n'}
         oid = secrets.token_hex(20)
-        repo = self.repos[repo_id] = Repo(private, gated, branches={'main': oid}, commits={oid: initial})
+        repo = self.repos[repo_id] = Repo(private, branches={'main': oid}, commits={oid: initial})
         if files:
             repo.commit(files)
         return repo
@@ -217,13 +203,10 @@ class _Handler(BaseHTTPRequestHandler):
         for name, value in {'Content-Length': str(len(body)), **headers}.items():
             self.send_header(name, value)
         self.end_headers()
-        cut = action in ('truncate', 'reset')
+        cut = action == 'truncate'
         if self.command != 'HEAD':
             self.wfile.write(body[:len(body) // 2] if cut else body)
         self.close_connection |= cut
-        if action == 'reset':
-            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack('ii', 1, 0))
-            os.close(self.connection.detach())  # rfile and wfile would keep it open
 
     do_GET = do_HEAD = do_POST = do_PUT = serve
 
@@ -239,8 +222,6 @@ class _Handler(BaseHTTPRequestHandler):
 
     def answer(self, path: str) -> Answer:
         authorization = self.headers.get('Authorization')
-        if path.startswith('/cdn/') and authorization:
-            raise _Refusal(400, 'Only one auth mechanism allowed')  # the links are signed
         self.user = authorization and self.hub.tokens.get(authorization.removeprefix('Bearer '))
         if authorization and not self.user:
             raise _Refusal(401, 'Invalid credentials in Authorization header')
@@ -249,17 +230,6 @@ class _Handler(BaseHTTPRequestHandler):
             if match and method == self.command.replace('HEAD', 'GET'):
                 return function(self, **{k: unquote(v) for k, v in match.groupdict().items()})
         raise _Refusal(404, 'Not Found')
-
-    def content(self, content: bytes, headers: Dict[str, str]) -> Answer:
-        content = self.hub.altered.get(_sha256(content), content)
-        match = re.fullmatch(r'bytes=(\d+)-(\d*)', self.headers.get('Range', ''))
-        if not match:
-            return 200, headers, content
-        start, size = int(match[1]), len(content)
-        part = content[start:int(match[2]) + 1 if match[2] else size]
-        if not part:
-            raise _Refusal(416, 'Range Not Satisfiable', **{'Content-Range': f'bytes */{size}'})
-        return 206, {**headers, 'Content-Range': f'bytes {start}-{start + len(part) - 1}/{size}'}, part
 
     def logged_in(self, code: str = '') -> str:
         if not self.user:
@@ -289,12 +259,6 @@ class _Handler(BaseHTTPRequestHandler):
             raise _Refusal(404, f'Invalid rev id: {revision}', 'RevisionNotFound')
         return oid, repo.commits[oid]
 
-    @_route('GET', '/api/whoami-v2')
-    def whoami(self) -> Answer:
-        name = self.logged_in()
-        token = dict(displayName='test', role='write')
-        return _json(dict(type='user', name=name, fullname=name, orgs=[], auth=dict(accessToken=token)))
-
     @_route('POST', '/api/repos/create')
     def create_repo(self) -> Answer:
         user, asked = self.logged_in(), json.loads(self.body)
@@ -305,17 +269,13 @@ class _Handler(BaseHTTPRequestHandler):
         answer = dict(url=f'{self.hub.endpoint}/{repo_id}')
         if repo_id in self.hub.repos:
             return _json({**answer, 'error': 'You already created this model repo'}, 409)
-        # huggingface_hub 0.26 sends `private`, 2.4 `visibility`
+        # huggingface_hub 1.0 sends `private`, 2.4 `visibility`
         self.hub.create_repo(repo_id, private=bool(asked.get('private')) or asked.get('visibility') == 'private')
         return _json(answer)
 
     @_route('POST', '/api/models/{repo_id}/branch/{branch}')
     def create_branch(self, repo_id: str, branch: str) -> Answer:
         repo = self.writable(repo_id)
-        if branch.startswith('refs/'):
-            raise _Refusal(400, f'Invalid reference for a branch: {branch}')
-        if branch in repo.branches:
-            raise _Refusal(409, f'Reference already exists: {branch}')
         repo.branches[branch], _ = self.find(repo, json.loads(self.body).get('startingPoint', 'main'))
         return _json({})
 
@@ -337,14 +297,10 @@ class _Handler(BaseHTTPRequestHandler):
     @_route('POST', '/{repo_id}.git/info/lfs/objects/batch')
     def lfs_batch(self, repo_id: str) -> Answer:
         repo, asked = self.readable(repo_id), json.loads(self.body)
-        if not self.owns(repo_id) and 'ref' in asked:  # for a pull request, the client names none
-            raise _Refusal(403, 'Authorization error.')
         objects = [dict(oid=item['oid'], size=item['size']) for item in asked['objects']]
         for item in objects:
             if item['oid'] not in repo.objects:
-                upload = f'{self.hub.cdn}/cdn/{repo_id}/{item["oid"]}'
-                verify = f'{self.hub.endpoint}/{repo_id}.git/info/lfs/objects/verify'
-                item['actions'] = dict(upload=dict(href=upload), verify=dict(href=verify))
+                item['actions'] = dict(upload=dict(href=f'{self.hub.cdn}/cdn/{repo_id}/{item["oid"]}'))
         return _json(dict(transfer='basic', objects=objects))
 
     @_route('PUT', '/cdn/{repo_id}/{oid}')
@@ -354,21 +310,16 @@ class _Handler(BaseHTTPRequestHandler):
         self.hub.repos[repo_id].objects[oid] = self.body
         return 200, {}, b''
 
-    @_route('POST', '/{repo_id}.git/info/lfs/objects/verify')
-    def lfs_verify(self, repo_id: str) -> Answer:
-        return _json({})  # the upload has been checked
-
     @_route('POST', '/api/models/{repo_id}/commit/{revision}')
     def commit(self, repo_id: str, revision: str) -> Answer:
         repo = self.writable(repo_id)
-        parent, files = self.find(repo, revision)
+        _, files = self.find(repo, revision)
         lines = [json.loads(line) for line in self.body.splitlines()]
         changes: Dict[str, Optional[bytes]] = {}
         for key, value in ((line['key'], line['value']) for line in lines):
             if key == 'header':
-                if value.get('parentCommit', parent) != parent:
-                    raise _Refusal(412, 'A commit has happened since. Please refresh and try again.')
-            elif key == 'file':
+                continue
+            if key == 'file':
                 changes[value['path']] = base64.b64decode(value['content'])
             elif key == 'lfsFile' and value['oid'] in repo.objects:
                 changes[value['path']] = repo.objects[value['oid']]
@@ -394,38 +345,16 @@ class _Handler(BaseHTTPRequestHandler):
                 sibling.update(size=entry['size'], blobId=entry['oid'], lfs=entry.get('lfs'))
         return _json(dict(
             id=repo_id, modelId=repo_id, author=repo_id.split('/')[0], sha=oid, private=repo.private,
-            gated='manual' if repo.gated else False, disabled=False, downloads=0, likes=0, tags=[], siblings=siblings))
+            gated=False, disabled=False, downloads=0, likes=0, tags=[], siblings=siblings))
 
     @_route('GET', '/api/models/{repo_id}/tree/{revision}')
     def tree(self, repo_id: str, revision: str) -> Answer:
         _, files = self.find(self.readable(repo_id), revision)
         return _json([_entry(*item) for item in files.items()])  # recursive, without the folders
 
-    @_route('POST', '/api/models/{repo_id}/paths-info/{revision}')
-    def paths_info(self, repo_id: str, revision: str) -> Answer:
-        _, files = self.find(self.readable(repo_id), revision)
-        return _json([_entry(path, files[path]) for path in parse_qs(self.body.decode())['paths'] if path in files])
-
-    @_route('GET', '/api/models/{repo_id}/refs')
-    def refs(self, repo_id: str) -> Answer:
-        branches, pulls = [], []
-        for name, oid in self.readable(repo_id).branches.items():
-            pull = name.startswith('refs/pr/')
-            ref = dict(name=name, ref=name if pull else f'refs/heads/{name}', targetCommit=oid)
-            (pulls if pull else branches).append(ref)
-        return _json(dict(branches=branches, converts=[], tags=[], pullRequests=pulls))
-
     @_route('GET', '/{repo_id}/resolve/{revision}/{path}')
     def resolve(self, repo_id: str, revision: str, path: str) -> Answer:
         repo = self.readable(repo_id)
-        if repo.gated and not self.owns(repo_id) and self.user not in repo.accepted:
-            restricted = f'Access to model {repo_id} is restricted'
-            if self.user:
-                page = f'{self.hub.endpoint}/{repo_id}'
-                raise _Refusal(403, f'{restricted} and you are not in the authorized list. Visit {page} to ask for '
-                                    'access.', 'GatedRepo')
-            raise _Refusal(401, f'{restricted}. You must have access to it and be authenticated to access it. Please '
-                                'log in.', 'GatedRepo')
         oid, files = self.find(repo, revision)
         headers = {'X-Repo-Commit': oid}
         if path not in files:
@@ -433,11 +362,11 @@ class _Handler(BaseHTTPRequestHandler):
         entry = _entry(path, files[path])
         headers['ETag'] = f'"{entry["oid"]}"'
         if 'lfs' not in entry:
-            return self.content(files[path], headers)
+            return 200, headers, self.hub.altered.get(_sha256(files[path]), files[path])
         sha256 = entry['lfs']['sha256']
         headers.update({'X-Linked-Etag': f'"{sha256}"', 'X-Linked-Size': str(entry['size'])})
         return 302, {**headers, 'Location': f'{self.hub.cdn}/cdn/{repo_id}/{sha256}/{quote(path)}'}, b''
 
     @_route('GET', '/cdn/{repo_id}/{oid}/{path}')
     def cdn(self, repo_id: str, oid: str, path: str) -> Answer:
-        return self.content(self.hub.repos[repo_id].objects[oid], {'ETag': f'"{oid}"'})
+        return 200, {'ETag': f'"{oid}"'}, self.hub.altered.get(oid, self.hub.repos[repo_id].objects[oid])

@@ -7,22 +7,19 @@ HELP = "write a training run as a folder for the Hugging Face Hub"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Writes what train.py left of an AWM model as a folder in the Hub's format: weights, configuration, a card "
-        'with the results of exactly these weights.')
+        "Writes a run of train.py as a folder in the Hub's format: weights, configuration, and a card with the results "
+        'of exactly these weights.')
     parser.epilog = 'Example: timm-awm export output/train/RUN awm_resnet20_cifar.t3_c10 --checkpoint best'
     parser.add_argument('run', type=Path, metavar='RUN', help="the run's folder")
     parser.add_argument(
         'folder', type=Path, metavar='FOLDER', help='new folder, of the name that the repository is to have')
     parser.add_argument('--checkpoint', default='last', metavar='last|best|FILE', help='which weights (%(default)s)')
     parser.add_argument(
-        '--ema', action=argparse.BooleanOptionalAction, default=True, help='averaged weights, if there are such (yes)')
+        '--ema', action=argparse.BooleanOptionalAction, default=True, help='averaged weights, if there are any (yes)')
     parser.add_argument('--tag', help='of the weights, such as t3_c10 (what follows the dot in FOLDER)')
     parser.add_argument('--license', help='of the weights (apache-2.0, or that of the weights of timm it started from)')
     parser.add_argument('--label-names', type=Path, metavar='FILE', help='names of the classes, a line each')
-    parser.add_argument(
-        '--recipe', help='the recipe or YAML file that the run was started with (one of ours, if it is)')
-    parser.add_argument(
-        '--dataset-id', metavar='ID', help="the data set's name on the Hub, if the run does not know it")
+    parser.add_argument('--dataset-id', metavar='ID', help="the data set's name on the Hub, if args.yaml lacks it")
     parser.add_argument(
         '--results', nargs='+', default=[], metavar='SPLIT=FILE', help='what validate.py wrote by --results-file')
 
@@ -37,7 +34,6 @@ def run(args: argparse.Namespace) -> None:
         tag=args.tag or args.folder.name.partition('.')[2] or None,
         license=args.license,
         label_names=args.label_names and args.label_names.read_text(encoding='utf-8').splitlines(),
-        recipe=args.recipe,
         data_id=args.dataset_id,
         results=dict(_split_and_file(text) for text in args.results),
     )

@@ -12,14 +12,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('repo_id', metavar='REPO_ID', help='OWNER/NAME')
     parser.add_argument('--output', type=Path, metavar='FOLDER', help="new folder (the Hub's cache)")
     parser.add_argument('--revision', help='branch, tag, commit or pull request (main)')
-    parser.add_argument(
-        '--allow-pickle', action='store_true',
-        help='take weights in pickle form if there are no others, and write them as safetensors into --output')
 
 
 def run(args: argparse.Namespace) -> None:
     from timm_awm import hub
-    pulled = hub.pull(args.repo_id, args.output, args.revision, args.allow_pickle)
+    pulled = hub.pull(args.repo_id, args.output, args.revision)
     print(hub.describe(pulled.folder, pulled.model))
     compared = 'compared' if pulled.verified else 'not compared, for the Hub is not asked (HF_HUB_OFFLINE)'
     print(f'Commit {pulled.commit}, {compared} with its hashes on the Hub. Folder: {pulled.folder}')

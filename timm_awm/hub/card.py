@@ -1,21 +1,19 @@
 """The model card of a Hub folder."""
-import json
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, List, Mapping, Optional
+from typing import Any, List, Mapping, NamedTuple, Optional
 
 import timm
 import torch
-import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from torch import nn
 
 from .. import __version__
 from ..layers import count_parameters
 
-__all__ = ['OWNER', 'Measured', 'Training', 'describe', 'write_card']
+__all__ = ['CARD', 'OWNER', 'Measured', 'Training', 'describe', 'write_card']
 
-OWNER = 'OWNER'  # stands in a card for who is going to publish it
+CARD = 'README.md'
+OWNER = 'OWNER'  # stands in a card for its publisher
 CITATION = """\
 @article{jung2018residual,
   title   = {Residual Convolutional Neural Network Revisited with Active Weighted Mapping},
@@ -34,66 +32,58 @@ SETTINGS = (
     'bce_loss', 'drop', 'drop_path', 'model_ema', 'amp', 'amp_dtype')
 
 
-@dataclass
-class Measured:
-    """Accuracies of the weights in percent, the split that they were measured on, and by what."""
+class Measured(NamedTuple):
+    """Accuracies in percent, the split that they were measured on, and by which script."""
     split: str
     top1: float
-    top5: Optional[float]
+    top5: float
     source: str
 
 
-@dataclass
-class Training:
-    """What a card tells about a run of train.py.
+class Training(NamedTuple):
+    """What a card tells about a run of train.py."""
+    args: Mapping[str, Any]  # its args.yaml
+    epoch: int  # after which the weights were saved, from 0
+    weights: str  # the file that they are from
+    data: str  # name of the data set
+    data_id: Optional[str]  # its repository on the Hub, if there is one
+    measured: List[Measured]  # with these weights
+    best: Optional[float]  # top-1 accuracy of any epoch of the run, in percent
+    base_model: Optional[str]  # the repository whose weights the run started from
+
+
+def write_card(
+        folder: Path,
+        model: nn.Module,
+        config: Mapping[str, Any],
+        training: Optional[Training] = None,
+) -> None:
+    """Writes the README.md of a Hub folder.
 
     Args:
-        args: Its args.yaml.
-        epoch: After which the weights were saved, counted from 0.
-        weights: The file that they are from.
-        data: Name of the data set.
-        data_id: That on the Hub, if it is there.
-        measured: Results of these weights.
-        best: The best top-1 accuracy of any epoch of the run, in percent.
-        base_model: The Hub's repository whose weights the run started from.
-    """
-    args: Mapping[str, Any]
-    epoch: int
-    weights: str
-    data: str
-    data_id: Optional[str] = None
-    measured: List[Measured] = field(default_factory=list)
-    best: Optional[float] = None
-    base_model: Optional[str] = None
-
-
-def write_card(folder: Path, model: nn.Module, training: Optional[Training] = None) -> None:
-    """Writes README.md beside the config.json and model.safetensors of a Hub folder.
-
-    Args:
-        folder: The Hub folder, whose name is to be that of the repository.
+        folder: The Hub folder, of the name that the repository is to have.
         model: The model in it.
+        config: Its config.json.
         training: The run that it comes from, if it comes from one.
     """
-    config = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
-    cfg = config['pretrained_cfg']
-    license = cfg.get('license')
+    license = config['pretrained_cfg'].get('license')
     data = ModelCardData(
         library_name='timm',
         pipeline_tag='image-classification',
         tags=['image-classification', 'timm', 'timm_awm', 'active-weighted-mapping'],
         license=license,
         model_name=folder.name,
-        datasets=[training.data_id] if training and training.data_id else None,
-        base_model=training.base_model if training else None,
-        metrics=['accuracy'] if training and training.measured else None,
-        eval_results=_eval_results(training) if training else None,
     )
     sections = [_head(folder, model, config), _usage(folder, config)]
     if training:
-        sections.append(_training(folder, training))
+        data.datasets = [training.data_id] if training.data_id else None
+        data.base_model = training.base_model
+        if training.measured:
+            data.metrics = ['accuracy']
+            data.eval_results = [_eval_result(training, measured) for measured in training.measured]
+        sections.append(_training(training))
     sections.append(f'## Licence and citation\n\n{license or "No licence is stated."}\n\n```bibtex\n{CITATION}\n```')
-    ModelCard(f'---\n{data.to_yaml()}\n---\n\n' + '\n\n'.join(sections) + '\n').save(folder / 'README.md')
+    ModelCard(f'---\n{data.to_yaml()}\n---\n\n' + '\n\n'.join(sections) + '\n').save(folder / CARD)
 
 
 def describe(folder: Path, model: nn.Module) -> str:
@@ -101,42 +91,33 @@ def describe(folder: Path, model: nn.Module) -> str:
 
     Args:
         folder: The Hub folder.
-        model: The model in it.
+        model: As `load_folder` reads it.
     """
-    config = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
-    cfg = config.get('pretrained_cfg', config)
+    cfg: Mapping[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
     total, in_merges, merges = count_parameters(model)
     lines = [
-        ', '.join([config['architecture'], *(f'tag {tag}' for tag in [cfg.get('tag')] if tag)]),
+        cfg['architecture'] + (f', tag {cfg["tag"]}' if cfg.get('tag') else ''),
         cfg.get('description') or 'no description',
         f'{total:,} parameters, {in_merges:,} of them in {merges} merges; {model.num_classes} classes; licence: '
         f'{cfg.get("license") or "not stated"}',
     ]
-    try:
-        results = ModelCard.load(folder / 'README.md', ignore_metadata_errors=True).data.eval_results or []
-    except (OSError, ValueError, yaml.YAMLError):  # anybody's, or none
-        results = []
-    lines += [
-        f'{result.metric_name or result.metric_type}: {result.metric_value} on {result.dataset_name}, '
-        f'{result.dataset_split}'
-        for result in results
-    ]
+    card = folder / CARD
+    results = ModelCard.load(card, ignore_metadata_errors=True).data.eval_results if card.is_file() else None
+    for r in results or []:
+        lines.append(f'{r.metric_name or r.metric_type}: {r.metric_value} on {r.dataset_name}, {r.dataset_split}')
     return '\n'.join(lines)
 
 
-def _eval_results(training: Training) -> Optional[List[EvalResult]]:
-    return [
-        EvalResult(
-            task_type='image-classification',
-            dataset_type=training.data_id or training.data,
-            dataset_name=training.data,
-            dataset_split=measured.split,
-            metric_type='accuracy',
-            metric_name='Top-1 accuracy, %',
-            metric_value=measured.top1,
-        )
-        for measured in training.measured
-    ] or None
+def _eval_result(training: Training, measured: Measured) -> EvalResult:
+    return EvalResult(
+        task_type='image-classification',
+        dataset_type=training.data_id or training.data,
+        dataset_name=training.data,
+        dataset_split=measured.split,
+        metric_type='accuracy',
+        metric_name='Top-1 accuracy, %',
+        metric_value=measured.top1,
+    )
 
 
 def _head(folder: Path, model: nn.Module, config: Mapping[str, Any]) -> str:
@@ -179,7 +160,7 @@ logits = model(transform(image).unsqueeze(0))  # image: a PIL image{mode}
 {weights}```"""
 
 
-def _training(folder: Path, training: Training) -> str:
+def _training(training: Training) -> str:
     args = training.args
     unused = {'amp_dtype': not args.get('amp'), 'decay_milestones': args.get('sched') != 'multistep'}
     settings = [
@@ -195,18 +176,14 @@ def _training(folder: Path, training: Training) -> str:
         '',
         '| measured on | top-1, % | top-5, % | by |',
         '| --- | ---: | ---: | --- |',
-        *(
-            f'| {m.split} | {m.top1:.2f} | {"" if m.top5 is None else f"{m.top5:.2f}"} | {m.source} |'
-            for m in training.measured
-        ),
+        *(f'| {m.split} | {m.top1:.2f} | {m.top5:.2f} | {m.source} |' for m in training.measured),
     ]
     if training.best is not None:
         lines += ['', f'The best epoch of the run had {training.best:.2f} % on `{args.get("val_split")}`.']
-    recipe = 'recipe.yaml' if (folder / 'recipe.yaml').is_file() else 'args.yaml'
     lines += [
         '',
-        f"With timm's own, unmodified train.py; `timm-awm train -c {recipe}` starts it again, once the paths in it are "
-        'yours. All settings are in `args.yaml`, every epoch is in `summary.csv`. Among them:',
+        "With timm's own, unmodified train.py; `timm-awm train -c args.yaml` starts it again, once the paths in it "
+        'are yours. All settings are in `args.yaml`, every epoch is in `summary.csv`. Among them:',
         '',
         *(f'- {key}: {value}' for key, value in settings),
         '',

@@ -20,16 +20,14 @@ from timm.models import clean_state_dict
 from .. import scripts
 from ..utils import new_folder
 from .card import Measured, Training, write_card
-from .folder import write_model
+from .folder import NEEDS, write_model
 
 __all__ = ['TrainingRun', 'export_run', 'without_paths']
 
-# an absolute path, or one relative to a home or a folder above; where it begins amid other text; but no address
-PATH = r'(?:[A-Za-z]:[\\/]|[~$/]|\\\\|\.\.?[\\/])'
-WHOLE = re.compile(rf'((?:[\w-]{{2,}}[:/])?)(?!/\S+://){PATH}.+')
-AMID = re.compile(rf'(?<=[\s\'"(\[{{=,]){PATH}[^\s\'")\]}},]+')
-ADDRESS = re.compile(r'[a-z][a-z0-9+.-]*://')
-# of no use to anybody else: where a run was reported, and what it went on from
+URL = re.compile(r'((?!file:)\b[\w+.-]{2,}://\S+)')
+# an absolute path, or one from a home or a folder above, up to a quote; after a scheme, such as hfds/, or alone
+PATH = re.compile(r"""((?:^|[\s'"(\[{=,])(?:[\w-]{2,}[:/])?)(?:[A-Za-z]:[\\/]|[~$/\\]|\.\.?[\\/])[^'"]*""")
+# of no use to others: where a run was reported, and what it went on from
 DROPPED = ('wandb_project', 'wandb_tags', 'wandb_resume_id', 'resume')
 
 
@@ -37,7 +35,7 @@ class TrainingRun:
     """A folder that train.py writes: arguments, a summary of every epoch, checkpoints.
 
     Args:
-        folder: The run's folder; it may not be there yet.
+        folder: The run's folder; it may not exist yet.
     """
 
     def __init__(self, folder: Union[str, Path]) -> None:
@@ -48,18 +46,15 @@ class TrainingRun:
         """args.yaml.
 
         Raises:
-            FileNotFoundError: It is not there.
+            FileNotFoundError: It does not exist.
             ValueError: It is damaged.
         """
         path = self.folder / 'args.yaml'
-        if not path.is_file():
-            raise FileNotFoundError(f'There is no args.yaml in {str(self.folder)!r}: it is no run of train.py.')
         try:
             args = yaml.safe_load(path.read_text(encoding='utf-8'))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ValueError(f'{path} is damaged: {error}') from error
-        if not isinstance(args, dict) or 'model' not in args:
-            raise ValueError(f'{path} does not say which model was trained.')
+            args['model']
+        except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f'{path} is not what train.py writes: {error!r}') from error
         return args
 
     @cached_property
@@ -68,12 +63,10 @@ class TrainingRun:
         one counts.
 
         Raises:
-            FileNotFoundError: It is not there.
+            FileNotFoundError: It does not exist.
             ValueError: It is damaged.
         """
         path = self.folder / 'summary.csv'
-        if not path.is_file():
-            raise FileNotFoundError(f'There is no summary.csv in {str(self.folder)!r}.')
         try:
             with path.open(newline='', encoding='utf-8') as file:
                 return {int(row['epoch']): row for row in csv.DictReader(file) if row['epoch'] != 'epoch'}
@@ -83,9 +76,8 @@ class TrainingRun:
     def last_checkpoint(self) -> Optional[Path]:
         """The newest whole checkpoint of an epoch's end, or None.
 
-        A run that was killed may leave a checkpoint half-written, or the newest one only under the name that timm gives
-        it before it takes the place of `last.pth.tar`. Recovery checkpoints are of the middle of an epoch, whose rest
-        train.py would leave out: they are not taken.
+        A run that was killed may leave a checkpoint half-written, or the newest one only as `tmp.pth.tar`, which timm
+        renames to `last.pth.tar`. Recovery checkpoints are not taken: train.py would leave out the rest of their epoch.
 
         Raises:
             ValueError: All checkpoints are damaged.
@@ -102,29 +94,18 @@ class TrainingRun:
         return None
 
     def checkpoint(self, which: str) -> Path:
-        """'last', 'best' (of the evaluated epochs), or a file.
-
-        Raises:
-            FileNotFoundError: It is not there.
-        """
+        """'last', 'best' (of the evaluated epochs), or a file."""
         if which == 'last':
-            path = self.last_checkpoint() or self.folder / 'last.pth.tar'
-        else:
-            path = self.folder / 'model_best.pth.tar' if which == 'best' else Path(which)
-        if not path.is_file():
-            raise FileNotFoundError(f'There is no checkpoint {str(path)!r}.')
-        return path
+            return self.last_checkpoint() or self.folder / 'last.pth.tar'
+        return self.folder / 'model_best.pth.tar' if which == 'best' else Path(which)
 
-    def recipe(self) -> Tuple[Optional[Path], List[str]]:
-        """The recipe of this package from which the run differs in the fewest keys, if it is of that model class and
-        data at all, and these keys."""
-        best: Tuple[Optional[Path], List[str]] = None, []
+    def recipe(self) -> Tuple[Path, List[str]]:
+        """The recipe of this package from which the run differs in the fewest keys, and these keys."""
+        candidates = []
         for path in scripts.recipes().values():
             recipe = yaml.safe_load(path.read_text(encoding='utf-8'))
-            different = [key for key, value in recipe.items() if self.args.get(key) != value]
-            if best[0] is None or len(different) < len(best[1]):
-                best = path, different
-        return best
+            candidates.append((path, [key for key, value in recipe.items() if self.args.get(key) != value]))
+        return min(candidates, key=lambda candidate: len(candidate[1]))
 
     def data(self) -> Tuple[str, Optional[str]]:
         """The name of the data set, and that on the Hub if it came from there."""
@@ -149,11 +130,10 @@ class TrainingRun:
                     split=self.args.get('val_split') or 'validation',
                     class_map=self.args.get('class_map') or '',
                 ).reader.class_to_idx
-        except Exception as error:  # whatever a reader of data that may be gone can raise
-            print(f'Label names: not known, for the data set cannot be read ({error!r}); --label-names gives them.')
-            return None
-        if sorted(index.values()) != list(range(num_classes)):
-            print(f'Label names: not known, for the data set does not tell {num_classes}; --label-names gives them.')
+            if sorted(index.values()) != list(range(num_classes)):
+                raise ValueError(f'it does not have {num_classes} classes')
+        except Exception as error:  # readers of data that may be gone raise anything
+            print(f'Label names: not known from the data set ({error!r}); --label-names gives them.')
             return None
         return sorted(map(str, index), key=index.__getitem__)
 
@@ -166,7 +146,6 @@ def export_run(
         tag: Optional[str] = None,
         license: Optional[str] = None,
         label_names: Optional[Sequence[str]] = None,
-        recipe: Optional[str] = None,
         data_id: Optional[str] = None,
         results: Optional[Mapping[str, Path]] = None,
 ) -> None:
@@ -176,52 +155,51 @@ def export_run(
         run: The run's folder.
         folder: New folder, of the name that the repository is to have.
         checkpoint: 'last', 'best' (of the evaluated epochs), or a file.
-        use_ema: Take the averaged weights, if the run kept such. They are what train.py evaluates then.
+        use_ema: Take the averaged weights, if the run has them. train.py evaluates these.
         tag: Of these weights, such as t3_c10.
-        license: Of these weights; if not given, that of the weights of timm which the run started from, apache-2.0 if
-            it started from none, and none if it started from those of a file.
+        license: Of these weights; if not given, that of timm's weights from which the run started, apache-2.0 if it
+            started from none, no licence if it started from a file.
         label_names: Of the classes, in order; if not given, those of the data set, if it is at hand.
-        recipe: The YAML file, or the name of the recipe, that the run was started with; if not given, one of ours, if
-            all that it says is true of the run.
         data_id: The data set's name on the Hub, if args.yaml does not say it.
         results: For a split, such as 'test', what timm's validate.py measured there with --results-file.
 
     Raises:
         FileExistsError: The folder exists.
         FileNotFoundError: Something is missing in the run.
-        ValueError: What is there is damaged or does not fit together.
+        RuntimeError: The checkpoint does not fit the model of args.yaml.
+        ValueError: A file is damaged, or files do not fit together.
     """
-    run, folder = TrainingRun(run), Path(folder)
-    args, rows = run.args, run.summary
-    path = run.checkpoint(checkpoint)
+    trained = TrainingRun(run)
+    args, rows = trained.args, trained.summary
+    path = trained.checkpoint(checkpoint)
     epoch, state_dict, is_ema = _read_checkpoint(path, use_ema)
-    model = _model(args)
-    model.load_state_dict(state_dict)
-    start: Mapping[str, Any] = model.pretrained_cfg if args.get('pretrained') else {}
-    if args.get('pretrained_path') or args.get('initial_checkpoint'):
-        start = {}
-        if not license:
-            print('Licence: none is stated, for the run started from weights of a file; --license states one.')
-    elif not license:
-        license = start.get('license') if start else 'apache-2.0'
-    data, found_id = run.data()
-    cfg = dict(resolve_data_config(args, model=model))
-    cfg.update(
-        paper_ids='arXiv:1811.06878',
-        description=(
-            f'{model.pretrained_cfg["architecture"]} trained on {data}. '
-            'Needs the package timm-awm: pip install timm-awm, import timm_awm.'),
-        **(dict(tag=tag) if tag else {}),
-        **(dict(license=license) if license else {}),
+    model: Any = timm.create_model(  # as train.py does
+        args['model'],
+        in_chans=args.get('in_chans') or (args.get('input_size') or [3])[0],
+        num_classes=args.get('num_classes'),
+        global_pool=args.get('gp'),
+        **(args.get('model_kwargs') or {}),
     )
+    model.load_state_dict(state_dict)
+    from_file = args.get('pretrained_path') or args.get('initial_checkpoint')
+    start: Mapping[str, Any] = model.pretrained_cfg if args.get('pretrained') and not from_file else {}
+    if not license and not from_file:
+        license = start.get('license') if start else 'apache-2.0'
+    data, found_id = trained.data()
+    cfg = dict(
+        resolve_data_config(args, model=model),
+        paper_ids='arXiv:1811.06878',
+        description=f'{model.pretrained_cfg["architecture"]} trained on {data}. {NEEDS}',
+    )
+    cfg.update({key: value for key, value in (('tag', tag), ('license', license)) if value})
     measured = [_measured(split, file) for split, file in (results or {}).items()]
     # train.py evaluates the averaged weights, unless they are kept on the CPU; other files may be of other epochs
     evaluated_ema = bool(args.get('model_ema')) and not args.get('model_ema_force_cpu')
-    of_epoch = path.parent.resolve() == run.folder.resolve() and not path.name.startswith('recovery')
+    of_epoch = path.parent.resolve() == trained.folder.resolve() and not path.name.startswith('recovery')
     row = rows.get(epoch, {})
     if of_epoch and is_ema == evaluated_ema and row.get('eval_top1'):
-        top5 = float(row['eval_top5']) if row.get('eval_top5') else None
-        measured.append(Measured(str(args.get('val_split')), float(row['eval_top1']), top5, f'train.py, epoch {epoch}'))
+        measured.append(Measured(
+            args['val_split'], float(row['eval_top1']), float(row['eval_top5']), f'train.py, epoch {epoch}'))
     public_args = {k: v for k, v in without_paths(args).items() if k not in DROPPED}
     training = Training(
         args=public_args,
@@ -233,39 +211,12 @@ def export_run(
         best=max((float(row['eval_top1']) for row in rows.values() if row.get('eval_top1')), default=None),
         base_model=start.get('hf_hub_id'),
     )
-    label_names = label_names or run.label_names(model.num_classes)
-    with new_folder(folder) as partial:
-        write_model(model, partial, None, cfg, label_names)
+    label_names = label_names or trained.label_names(model.num_classes)
+    with new_folder(Path(folder)) as partial:
+        config = write_model(model, partial, None, cfg, label_names)
         (partial / 'args.yaml').write_text(yaml.safe_dump(public_args), encoding='utf-8')
-        shutil.copyfile(run.folder / 'summary.csv', partial / 'summary.csv')
-        nearest, different = run.recipe()
-        source = scripts.find_recipe(recipe) if recipe else None if different else nearest
-        if source:
-            _copy_recipe(source, partial / 'recipe.yaml')
-        write_card(partial, model, training)
-
-
-def _model(args: Mapping[str, Any]) -> Any:
-    """The model that train.py built of its arguments, with new weights."""
-    try:
-        return timm.create_model(
-            args['model'],
-            in_chans=args.get('in_chans') or (args.get('input_size') or [3])[0],
-            num_classes=args.get('num_classes'),
-            global_pool=args.get('gp'),
-            **(args.get('model_kwargs') or {}),
-        )
-    except (RuntimeError, TypeError, AssertionError) as error:
-        raise ValueError(f'The model of args.yaml cannot be built: {error}') from error
-
-
-def _copy_recipe(source: Path, goal: Path) -> None:
-    """As it is, with its comments, if no folder of this machine is named in it."""
-    recipe = yaml.safe_load(source.read_text(encoding='utf-8'))
-    if without_paths(recipe) == recipe:
-        shutil.copyfile(source, goal)
-    else:
-        goal.write_text(yaml.safe_dump(without_paths(recipe)), encoding='utf-8')
+        shutil.copyfile(trained.folder / 'summary.csv', partial / 'summary.csv')
+        write_card(partial, model, config, training)
 
 
 def _is_whole(path: Path) -> bool:
@@ -291,27 +242,20 @@ def _measured(split: str, path: Path) -> Measured:
     """What validate.py wrote, as JSON or as CSV."""
     text = path.read_text(encoding='utf-8')
     try:
-        rows: List[Mapping[str, Any]] = list(csv.DictReader(text.splitlines()))
-        if text.lstrip().startswith(('{', '[')):
-            read = json.loads(text)
-            rows = read if isinstance(read, list) else [read]
-        row, = rows
+        row, = [json.loads(text)] if text.startswith('{') else csv.DictReader(text.splitlines())
         return Measured(split, float(row['top1']), float(row['top5']), 'validate.py')
-    except (KeyError, ValueError, TypeError) as error:
+    except (KeyError, ValueError) as error:
         raise ValueError(f'{path} is not what validate.py writes about one model: {error}') from error
 
 
 def without_paths(value: Any) -> Any:
-    """Without the folders of the machine that something was run on: of a path, the last part is left."""
+    """Without the folders of the machine: of a path, the last part is left. URLs stay."""
     if isinstance(value, Mapping):
         return {k: without_paths(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
+    if isinstance(value, list):
         return [without_paths(v) for v in value]
-    if not isinstance(value, str) or ADDRESS.match(value):
+    if not isinstance(value, str):
         return value
-    whole = WHOLE.fullmatch(value)
-    return whole[1] + _last_part(value) if whole else AMID.sub(lambda match: _last_part(match[0]), value)
-
-
-def _last_part(path: str) -> str:
-    return re.split(r'[\\/]', path.rstrip('\\/'))[-1]
+    parts = URL.split(value)  # every second is a URL
+    parts[::2] = [PATH.sub(lambda path: path[1] + re.split(r'[\\/]', path[0].rstrip('\\/'))[-1], s) for s in parts[::2]]
+    return ''.join(parts)
