@@ -1,11 +1,12 @@
 """The recipes and the commands in their README: spelt as train.py has it, accepted by timm, cut as the authors cut."""
 import argparse
 import importlib.util
+import json
 import os
 import re
 import shlex
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
 import pytest
 import timm
@@ -62,17 +63,15 @@ def test_the_flags_are_those_of_the_real_train_py():
     spec = importlib.util.spec_from_file_location('timm_train_script', TRAIN)
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
-    real = {}
-    for action in script.parser._actions:
+
+    def kind(action):
         if isinstance(action, argparse._StoreTrueAction):
-            kind = 'bool'
-        elif isinstance(action, ParseKwargs):
-            kind = 'dict'
-        else:
-            kind = (action.type or str).__name__
-            kind = kind if action.nargs in (None, '?') else f'list of {kind}'
-        real[action.dest] = kind
-    assert {key: real.get(key) for key in FLAGS} == FLAGS
+            return 'bool'
+        if isinstance(action, ParseKwargs):
+            return 'dict'
+        return 'list of ' * (action.nargs not in (None, '?')) + (action.type or str).__name__
+
+    assert {action.dest: kind(action) for action in script.parser._actions if action.dest in FLAGS} == FLAGS
 
 
 def test_no_key_stands_twice_and_every_header_names_its_recipe():
@@ -106,91 +105,89 @@ def test_a_control_differs_in_nothing_but_merges_and_alternation(name):
         assert 'a tenth of the learning rate' in ' '.join(TEXTS[name].replace('\n#', ' ').split())
 
 
-def run_of(command: str) -> Tuple[str, Dict[str, Any]]:
-    """The recipe of a command, and its keys with what the flags of the command override."""
+def run_of(command: str) -> Dict[str, Any]:
+    """The keys of a command's recipe, with what its flags override; and the name of the recipe."""
     parser = argparse.ArgumentParser()
     parser.add_argument('-c', dest='recipe')
     for flag, kind in FLAGS.items():
-        names = [f'--{flag.replace("_", "-")}']
+        options: Dict[str, Any] = dict(type=dict(int=int, float=float).get(kind.split()[-1], str))
         if kind == 'bool':
-            parser.add_argument(*names, dest=flag, action='store_true', default=None)
+            options = dict(action='store_true')
         elif kind == 'dict':
-            parser.add_argument(*names, dest=flag, nargs='*', action=ParseKwargs)
-        else:
-            one = dict(int=int, float=float, str=str)[kind.split()[-1]]
-            parser.add_argument(*names, dest=flag, type=one, nargs='+' if kind.startswith('list') else None)
+            options = dict(nargs='*', action=ParseKwargs)
+        elif kind.startswith('list'):
+            options['nargs'] = '+'
+        parser.add_argument(f'--{flag.replace("_", "-")}', default=argparse.SUPPRESS, **options)
     args = vars(parser.parse_args(shlex.split(command)))
-    recipe = args.pop('recipe')
-    return recipe, {**RECIPES[recipe], **{k: v for k, v in args.items() if v is not None}}
+    return {**RECIPES[args['recipe']], **args}
 
 
-RUNS = {**{name: (name, recipe) for name, recipe in RECIPES.items()}, **{c: run_of(c) for c in COMMANDS}}
+RUNS = {command: run_of(command) for command in [*(f'-c {name}' for name in RECIPES), *COMMANDS]}
+# as README says how a row's control is made
+CONTROLS = {
+    command: run_of(re.sub(r' --opt-kwargs( \w+=\S+)*', '', command).replace(run['recipe'], f'{run["recipe"]}_plain'))
+    for command, run in RUNS.items() if run['opt'] == 'alternating' and 'merges' not in command}
 
 
 def test_models_and_optimizers_are_accepted_by_timm():
-    for title, (_, run) in RUNS.items():
-        args = argparse.Namespace(**{
-            key: run.get(key, default)
-            for key, default in dict(opt='sgd', lr=0.1, weight_decay=2e-5, momentum=0.9).items()})
+    for run in [*RUNS.values(), *CONTROLS.values()]:
+        args = argparse.Namespace(**{'momentum': 0.9, **run})
         with torch.device('meta'):
             model = timm.create_model(run['model'], **run.get('model_kwargs', {}))
-        optimizer = create_optimizer_v2(model, **optimizer_kwargs(args), **run.get('opt_kwargs', {}))
-        if not run.get('opt_kwargs', {}).get('filter_bias_and_bn', True):
-            assert {group['weight_decay'] for group in optimizer.param_groups} == {run['weight_decay']}, title
+        options = run.get('opt_kwargs', {})
+        optimizer = create_optimizer_v2(model, **optimizer_kwargs(args), **options)
+        if not options.get('filter_bias_and_bn', True):
+            decayed = {run['weight_decay'], options.get('merge_weight_decay', run['weight_decay'])}
+            assert {group['weight_decay'] for group in optimizer.param_groups} == decayed, run
 
 
-class Authors(NamedTuple):
-    """The authors' passes; the rate is cut when these epochs of the backbone begin; t None: every pass is one."""
-    passes: int
-    cuts: Tuple[int, ...]
-    t: Optional[int]
-
-
-def authors_schedule(recipe: str, run: Dict[str, Any]) -> Authors:
-    """That of a run of as many passes, in proportion."""
-    plain, passes = recipe.endswith('_plain'), run['epochs']
-    if recipe.startswith('imagenet/'):
-        return Authors(100, (30, 60, 90), None) if plain and passes == 100 else Authors(200, (30, 60, 90), 1)
-    if plain and passes in (14, 165):
-        return Authors(165, (80, 120), None)
-    if plain and passes == 30:  # as many as the backbone has in 60
-        return Authors(350, (150, 250), None)
-    t = run.get('opt_kwargs', {}).get('period') or 3  # plain and joint training have the rates of t = 3
-    if passes == 24:
-        return Authors(24, (6, 9), t)
-    return Authors(900, (225, 337), t) if 'densenet' in run['model'] else Authors(700, (150, 250), t)
-
-
-def begun(passes: int, t: Optional[int]) -> List[int]:
-    """The backbone epoch that has last begun, for every pass."""
-    result, count = [], 0
-    for i in range(passes):
-        count += t is None or PhaseSchedule(t).phase(i) == 'backbone'
-        result.append(count - 1)
-    return result
-
-
-def test_there_are_commands_for_every_row_of_the_paper():
-    rows = {(run['model'], run['num_classes']) for command, (_, run) in RUNS.items() if command in COMMANDS}
+def test_there_are_commands_for_every_row_of_the_paper_and_every_run_that_is_kept():
+    rows = {(RUNS[command]['model'], RUNS[command]['num_classes']) for command in COMMANDS}
     assert {(f'awm_resnet{n}_cifar', c) for n in (14, 20, 32, 44, 56, 110) for c in (10, 100)} <= rows
     assert {(f'awm_densenet{n}_cifar', 10) for n in (22, 28, 34, 40)} <= rows
     assert {('awm_resnet18', 1000), ('awm_resnet50', 1000)} <= rows
 
+    def settings(run):
+        return {key: value for key, value in run.items() if key not in ('seed', 'dataset')}
 
-@pytest.mark.parametrize('title', [title for title, (_, run) in RUNS.items() if run['sched'] == 'multistep'])
-def test_the_rate_falls_where_the_authors_backbone_epochs_begin(title):
-    recipe, run = RUNS[title]
-    authors = authors_schedule(recipe, run)
-    cuts = [round(cut * run['epochs'] / authors.passes) for cut in authors.cuts]
+    commands = [settings(RUNS[command]) for command in COMMANDS]
+    for path in ROOT.parent.glob('hub/results/*/run.json'):
+        kept = json.loads(path.read_text(encoding='utf-8'))
+        recipe = kept['recipe']
+        assert settings({**RECIPES[recipe], **kept['overrides'], 'recipe': recipe}) in commands, path
+
+
+def authors_cuts(run: Dict[str, Any]) -> Tuple[List[int], Optional[int]]:
+    """The epochs of the backbone with which the rate is cut, in proportion to the authors' run; and t, None if every
+    pass is such an epoch."""
+    passes, plain = run['epochs'], 'awm' in run.get('model_kwargs', {})
+    t = run.get('opt_kwargs', {}).get('period') or 3  # plain and joint training have the rates of t = 3
+    if run['num_classes'] == 1000:
+        whole, cuts, t = (100, (30, 60, 90), None) if plain and passes == 100 else (200, (30, 60, 90), 1)
+    elif passes in (14, 165):  # the plain network's
+        whole, cuts, t = 165, (80, 120), None
+    elif passes == 30:  # as many as the backbone has in 60
+        whole, cuts, t = 350, (150, 250), None
+    elif passes == 24:
+        whole, cuts = 24, (6, 9)
+    else:
+        whole, cuts = (900, (225, 337)) if 'densenet' in run['model'] else (700, (150, 250))
+    return [round(cut * passes / whole) for cut in cuts], t
+
+
+@pytest.mark.parametrize('command', [command for command, run in RUNS.items() if run['sched'] == 'multistep'])
+def test_the_rate_falls_where_the_authors_backbone_epochs_begin(command):
+    run = RUNS[command]
+    cuts, t = authors_cuts(run)
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=run['lr'])
     scheduler, epochs = create_scheduler_v2(optimizer, **scheduler_kwargs(argparse.Namespace(**run)))
-    rates = []
+    begun, rates, expected = 0, [], []
     for epoch in range(epochs):  # as train.py does
-        rates.append(optimizer.param_groups[0]['lr'])
+        begins = t is None or PhaseSchedule(t).phase(epoch) == 'backbone'
+        # some runs of 24 passes are cut in the merge phase before
+        if begins or run['epochs'] != 24:
+            rates.append(optimizer.param_groups[0]['lr'])
+            expected.append(0.1 * 0.1 ** sum(begun - (not begins) >= cut for cut in cuts))
+        begun += begins
         scheduler.step(epoch + 1)
-    epochs_begun = begun(run['epochs'], authors.t)
-    expected = [0.1 * 0.1 ** sum(b >= cut for cut in cuts) for b in epochs_begun]
-    if run['epochs'] == 24:  # some are cut in the merge phase before
-        new = [i for i in range(24) if i == 0 or epochs_begun[i] > epochs_begun[i - 1]]
-        rates, expected = [rates[i] for i in new], [expected[i] for i in new]
     assert rates == pytest.approx(expected)
