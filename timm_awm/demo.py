@@ -39,7 +39,7 @@ class Digits(Dataset):
         labels: (images,).
     """
 
-    def __init__(self, images, labels) -> None:
+    def __init__(self, images: Any, labels: Any) -> None:
         self.images = [Image.fromarray((image * (255 / 16)).astype('uint8')).resize((32, 32)) for image in images]
         self.labels = labels
         self.transform: Any = None  # set by timm's create_loader
