@@ -3,6 +3,7 @@ import os
 import signal
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from timm_awm import compare
 from timm_awm.layers import merge_parameters
 from timm_awm_cli.main import main
 
-COMMAND = Path(sys.executable).with_name('timm-awm')
+COMMAND = Path(sysconfig.get_path('scripts'), 'timm-awm')
 TINY = ['-b', '2', '--warmup', '1', '--repeats', '2', '--device', 'cpu']
 
 
@@ -114,6 +115,7 @@ def test_errors_leave_no_csv(args, message, tmp_path, capsys):
     assert 'exists already: choose another file' in capsys.readouterr().err and path.read_text() == 'precious'
 
 
+@pytest.mark.skipif(sys.platform == 'win32', reason='POSIX signals')
 def test_an_interrupted_run_prints_what_it_has(tmp_path):
     path = tmp_path / 'results.csv'
     process = subprocess.Popen(

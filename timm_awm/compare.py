@@ -201,17 +201,16 @@ def _compare(specs: List[Spec], mode: str, settings: Settings, device: torch.dev
 def make_contenders(
         spec: Spec, mode: str, settings: Settings, x: Tensor, y: Tensor, num_classes: int) -> List[Contender]:
     """One contender, or the two phases of the training of a model with merges, which share the model."""
-    model = spec.create(num_classes=num_classes).to(
-        device=x.device,
-        memory_format=torch.channels_last if settings.channels_last else torch.preserve_format,
-    ).train(mode == 'train')
+    model = spec.create(num_classes=num_classes).to(x.device).train(mode == 'train')
+    if settings.channels_last:
+        model = model.to(memory_format=torch.channels_last)
     # a graph break or a fall-back to eager is an error here, not a slow number
     forward = torch.compile(model, fullgraph=True, dynamic=False) if settings.compile else model
     amp_dtype = getattr(torch, settings.amp_dtype) if settings.amp_dtype else None
 
+    @torch.autocast(x.device.type, dtype=amp_dtype, enabled=amp_dtype is not None)
     def logits() -> Tensor:
-        with torch.autocast(x.device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
-            return forward(x)
+        return forward(x)
 
     def infer() -> None:
         with torch.inference_mode():
