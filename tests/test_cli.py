@@ -3,6 +3,7 @@ import os
 import signal
 import subprocess
 import sys
+import sysconfig
 import time
 from pathlib import Path
 
@@ -15,33 +16,22 @@ import timm_awm
 from timm_awm.layers import MixingWeights
 from timm_awm_cli.main import COMMANDS, main
 
-COMMAND = Path(sys.executable).with_name('timm-awm')
+COMMAND = Path(sysconfig.get_path('scripts'), 'timm-awm')
 ENV = {**os.environ, 'OMP_NUM_THREADS': '1'}  # the tests run side by side
 
 
-def run(*args):
-    return subprocess.run([COMMAND, *map(str, args)], capture_output=True, text=True, env=ENV)
-
-
-@pytest.fixture(scope='module')
-def demo(tmp_path_factory):
-    output = tmp_path_factory.mktemp('demo') / 'new' / 'folder'
-    return run('demo', '--output', output, '--epochs', 3, '--period', 1), output
-
-
-def test_demo_trains_and_names_the_phase(demo):
-    result, output = demo
+@pytest.mark.slow
+def test_demo_trains_in_phases_saves_and_draws(tmp_path):
+    output = tmp_path / 'new' / 'folder'
+    command = [COMMAND, 'demo', '--output', output, '--epochs', '3', '--period', '1']
+    result = subprocess.run(command, capture_output=True, text=True, env=ENV)
     assert result.returncode == 0, result.stderr
-    for epoch, phase in enumerate(('backbone', 'merge', 'backbone'), 1):
-        assert f'Epoch  {epoch}/3, {phase:>8} phase' in result.stderr
     rows = list(csv.DictReader((output / 'summary.csv').open()))
     assert [row['train_phase'] for row in rows] == ['backbone', 'merge', 'backbone']
+    assert 'Epoch  2/3,    merge phase' in result.stderr
     assert f"Held-out accuracy after the last epoch: {float(rows[-1]['eval_top1']):.1f} %" in result.stdout
     assert float(rows[-1]['eval_top1']) > 50  # chance is 10
 
-
-def test_demo_leaves_a_model_in_hub_format(demo):
-    _, output = demo
     model = timm.create_model(f'local-dir:{output / "hub"}', pretrained=True).eval()
     assert tuple(model.pretrained_cfg['input_size']) == (1, 32, 32)
     assert any(m.weight2.any() for m in model.modules() if isinstance(m, MixingWeights))  # trained
@@ -49,24 +39,25 @@ def test_demo_leaves_a_model_in_hub_format(demo):
     checkpoint = torch.load(output / 'checkpoints' / 'last.pth.tar', weights_only=True)
     assert all(torch.equal(v, model.state_dict()[k]) for k, v in checkpoint['state_dict'].items())
 
-
-def test_demo_draws_the_profile(demo):
-    _, output = demo
     picture = Image.open(output / 'lambda-profile.png').convert('RGB')
     assert picture.width > 800 and len(picture.getcolors(2 ** 24)) > 50
 
 
-def test_demo_refuses_an_existing_folder(tmp_path):
-    (tmp_path / 'mine').write_text('precious')
-    result = run('demo', '--output', tmp_path)
-    assert result.returncode == 1
-    assert f'{tmp_path} exists already: remove it, or choose another folder with --output.' in result.stderr
-    assert (tmp_path / 'mine').read_text() == 'precious'
+@pytest.mark.parametrize('args, message', [
+    ([], 'exists already: remove it, or choose another folder with --output.'),
+    (['--output', 'new', '--period', '-1'], 'period must be a whole number, at least 0, got -1'),
+])
+def test_demo_changes_nothing_on_an_error(args, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path('timm-awm-demo').mkdir()
+    assert main(['demo', *args]) == 1
+    assert message in capsys.readouterr().err
+    assert [p.name for p in tmp_path.rglob('*')] == ['timm-awm-demo']
 
 
-@pytest.mark.parametrize('sent, code', [
-    (signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)])
-def test_a_killed_demo_leaves_nothing_that_looks_complete(tmp_path, sent, code):
+@pytest.mark.skipif(sys.platform == 'win32', reason='POSIX signals')
+@pytest.mark.parametrize('sent, code', [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_stopped_demo_leaves_nothing(tmp_path, sent, code):
     output = tmp_path / 'out'
     process = subprocess.Popen(
         [COMMAND, 'demo', '--output', output], env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
@@ -75,10 +66,8 @@ def test_a_killed_demo_leaves_nothing_that_looks_complete(tmp_path, sent, code):
         assert process.poll() is None
         time.sleep(.1)
     process.send_signal(sent)
-    assert process.wait(60) == code
-    assert not output.exists()
-    if sent != signal.SIGKILL:  # which leaves no time to clean up: a hidden folder stays
-        assert not list(tmp_path.iterdir())
+    assert process.wait() == code
+    assert not list(tmp_path.iterdir())
 
 
 def test_demo_names_the_missing_extra(capsys, monkeypatch):
@@ -91,7 +80,6 @@ def test_demo_names_the_missing_extra(capsys, monkeypatch):
 
 @pytest.mark.parametrize('args, message', [
     (['demo', '--epochs', '0'], 'must be at least 1, got 0'),
-    (['demo', '--epochs', 'many'], "invalid positive_int value: 'many'"),
     ([], 'required: command'),
     (['models', '--epochs', '3'], 'unrecognized arguments: --epochs'),
 ])
@@ -102,39 +90,35 @@ def test_usage_errors(args, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_bad_period_leaves_nothing(tmp_path, capsys):
-    assert main(['demo', '--output', str(tmp_path / 'out'), '--period', '-1']) == 1
-    assert 'period must be a whole number, at least 0, got -1' in capsys.readouterr().err
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize('command', [[], *([name] for name in COMMANDS)], ids=str)
+@pytest.mark.parametrize('command', ['', *COMMANDS])
 def test_help_shows_an_example(command, capsys):
     with pytest.raises(SystemExit, match='0'):
-        main([*command, '--help'])
+        main([*command.split(), '--help'])
     assert 'Example: timm-awm' in capsys.readouterr().out
 
 
-def test_help_imports_neither_torch_nor_timm():
-    code = (
-        'import sys\nfrom timm_awm_cli.main import main\n'
-        'try: main(["--help"])\nexcept SystemExit: sys.exit(bool({"torch", "timm", "timm_awm"} & set(sys.modules)))')
-    assert subprocess.run([sys.executable, '-c', code], stdout=subprocess.DEVNULL).returncode == 0
+def test_help_of_every_command_imports_neither_torch_nor_timm():
+    code = """
+import contextlib, sys
+from timm_awm_cli.main import COMMANDS, main
+for command in ([], *([name] for name in COMMANDS)):
+    with contextlib.suppress(SystemExit):
+        main([*command, '--help'])
+print('Loaded:', {'torch', 'timm', 'timm_awm'} & set(sys.modules))"""
+    output = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True).stdout
+    assert output.count('usage: timm-awm') == 1 + len(COMMANDS) and 'Loaded: set()' in output
 
 
 def test_a_console_that_is_not_utf_8():
+    code = 'from timm_awm_cli import main, recipes; recipes.run = lambda args: print("λ, ä"); main.main(["recipes"])'
     result = subprocess.run(
-        [COMMAND, 'recipes', '--show', 'cifar10/awm_resnet20_cifar'], capture_output=True,
-        env={**ENV, 'PYTHONIOENCODING': 'ascii', 'LC_ALL': 'C', 'PYTHONUTF8': '0', 'PYTHONCOERCECLOCALE': '0'})
-    assert result.returncode == 0 and b'model: awm_resnet20_cifar' in result.stdout
+        [sys.executable, '-c', code], capture_output=True, env={**ENV, 'PYTHONIOENCODING': 'cp1252'})
+    assert result.stdout.split() == [rb'\u03bb,', 'ä'.encode('cp1252')], result.stderr
 
 
 def test_models(capsys):
     assert main(['models', '*resnet20_cifar']) == 0
     assert '| awm_resnet20_cifar | 32x32 | 283,514 | 11,040 | 9 | 0.0408 |' in capsys.readouterr().out
-
-
-def test_models_that_do_not_exist(capsys):
     assert main(['models', 'resnet5*']) == 1
     assert "No AWM model is called 'resnet5*'" in capsys.readouterr().err
 
@@ -143,17 +127,13 @@ def test_recipes(tmp_path, capsys):
     folder = Path(__file__).parents[1] / 'recipes'
     assert main(['recipes']) == 0
     listed = capsys.readouterr().out.split()
-    assert listed == sorted(str(path.relative_to(folder).with_suffix('')) for path in folder.glob('*/*.yaml'))
-    assert main(['recipes', 'imagenet/*_lamb']) == 0
-    assert capsys.readouterr().out == 'imagenet/awm_resnet50_lamb\n'
-    text = (folder / 'imagenet' / 'awm_resnet50_lamb.yaml').read_text()
-    assert main(['recipes', '--show', 'imagenet/awm_resnet50_lamb']) == 0
-    assert capsys.readouterr().out == text
-    copy = tmp_path / 'mine.yaml'
-    assert main(['recipes', '--copy', 'imagenet/awm_resnet50_lamb', str(copy)]) == 0
-    assert copy.read_text() == text
+    assert listed == sorted(path.relative_to(folder).with_suffix('').as_posix() for path in folder.glob('*/*.yaml'))
+    name, copy = 'imagenet/awm_resnet50_lamb', tmp_path / 'mine.yaml'
+    text = (folder / f'{name}.yaml').read_text()
+    assert main(['recipes', '--show', name]) == 0 and capsys.readouterr().out == text
+    assert main(['recipes', '--copy', name, str(copy)]) == 0 and copy.read_text() == text
     copy.write_text('precious')
-    assert main(['recipes', '--copy', 'imagenet/awm_resnet50_lamb', str(copy)]) == 1
-    assert copy.read_text() == 'precious' and 'File exists' in capsys.readouterr().err
+    assert main(['recipes', '--copy', name, str(copy)]) == 1
+    assert 'File exists' in capsys.readouterr().err and copy.read_text() == 'precious'
     assert main(['recipes', 'imagnet/*']) == 1
     assert "No recipe is called 'imagnet/*'" in capsys.readouterr().err

@@ -3,6 +3,7 @@ import os
 import signal
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -12,35 +13,20 @@ from timm_awm import compare
 from timm_awm.layers import merge_parameters
 from timm_awm_cli.main import main
 
-COMMAND = Path(sys.executable).with_name('timm-awm')
+COMMAND = Path(sysconfig.get_path('scripts'), 'timm-awm')
 TINY = ['-b', '2', '--warmup', '1', '--repeats', '2', '--device', 'cpu']
-
-
-def labels(name):
-    return [str(spec) for spec in compare.with_controls(name)]
-
-
-def contenders(name, mode='train', **kwargs):
-    x = torch.randn(2, 3, 32, 32)
-    return compare.make_contenders(compare.Spec(name, kwargs), mode, compare.Settings(), x, torch.tensor([0, 1]), 10)
 
 
 @pytest.mark.parametrize('name, expected', [
     ('awm_resnet50', ['resnet50', 'awm_resnet50', 'seresnet50']),
     ('awm_resnet50d', ['resnet50d', 'awm_resnet50d', 'awm_resnet50d awm=False attn_layer=se']),
+    ('awm_densenet121', ['densenet121', 'awm_densenet121']),
     ('awm_resnet20_cifar', [
         'awm_resnet20_cifar awm=False', 'awm_resnet20_cifar', 'awm_resnet20_cifar awm=False attn_layer=se']),
     ('awm_densenet22_cifar', ['awm_densenet22_cifar awm=False', 'awm_densenet22_cifar']),
 ])
 def test_controls(name, expected):
-    assert labels(name) == expected
-
-
-def test_a_control_that_is_not_timms_own_network_runs_beside_it(monkeypatch):
-    base, *others = labels('awm_densenet121')
-    assert base == 'densenet121' and others[-1] == 'awm_densenet121'
-    monkeypatch.setattr(compare, 'repr', id, raising=False)
-    assert labels('awm_densenet121') == ['densenet121', 'awm_densenet121 awm=False', 'awm_densenet121']
+    assert [str(spec) for spec in compare.with_controls(name)] == expected
 
 
 def test_named_models_run_with_the_awm_model_before_them():
@@ -52,7 +38,8 @@ def test_named_models_run_with_the_awm_model_before_them():
 
 
 def test_each_phase_trains_its_side():
-    backbone, merge = contenders('awm_resnet14_cifar')
+    spec, settings, x, y = compare.Spec('awm_resnet14_cifar'), compare.Settings(), torch.randn(2, 3, 32, 32), [0, 1]
+    backbone, merge = compare.make_contenders(spec, 'train', settings, x, torch.tensor(y), 10)
     assert (backbone.phase, merge.phase) == ('backbone', 'merge')
     assert backbone.model is merge.model
     of_merges = {id(p) for p in merge_parameters()}
@@ -65,13 +52,6 @@ def test_each_phase_trains_its_side():
             assert p.grad is None
             assert torch.equal(old, p) if is_idle else p.requires_grad
         assert any(not torch.equal(old, p) for old, p in zip(before, contender.model.parameters()))
-
-
-def test_inference_changes_nothing():
-    contender, = contenders('awm_resnet14_cifar', 'infer')
-    before = {k: v.clone() for k, v in contender.model.state_dict().items()}
-    contender.step()
-    assert all(torch.equal(v, before[k]) for k, v in contender.model.state_dict().items())
 
 
 def test_peak_memory_of_known_tensors():
@@ -109,25 +89,19 @@ def test_table_and_csv(tmp_path, capsys):
         assert row['base'] == base and float(row['peak_mib']) > 0
         if row['model'] == base:
             assert [float(row[f'{name}ratio']) for name in ('', 'peak_')] == [1, 1]
-    before = path.read_text()
-    assert main(['compare', *TINY, '--csv', str(path)]) == 1  # nothing is measured
-    assert 'exists already: choose another file' in capsys.readouterr().err and path.read_text() == before
     assert float(rows[5]['param_count']) == .18 and float(rows[5]['infer_gmacs']) == .03
 
 
-@pytest.mark.parametrize('args', [['--amp-dtype', 'bfloat16'], ['--no-channels-last', '--img-size', '16']])
-def test_settings(args, capsys):
-    assert main(['compare', 'awm_densenet22_cifar', *TINY, '--mode', 'train', *args]) == 0
-    assert '| awm_densenet22_cifar | merge |' in capsys.readouterr().out
-
-
-def test_any_model_of_timm(capsys):
-    assert main(['compare', 'test_resnet', 'test_vit', *TINY, '--mode', 'infer']) == 0
-    assert 'ratios to test_resnet:' in capsys.readouterr().out
+def test_settings_and_any_model(capsys):
+    args = ['--amp-dtype', 'bfloat16', '--no-channels-last', '--img-size', '16', '--mode', 'train']
+    assert main(['compare', 'test_resnet', 'awm_densenet22_cifar', *TINY, *args]) == 0
+    output = capsys.readouterr().out
+    assert 'Training step, batch 2, 16 px, 2 rounds, ratios to test_resnet:' in output
+    assert '| awm_densenet22_cifar | merge |' in output
 
 
 @pytest.mark.parametrize('args, message', [
-    (['awm_resnet2_cifar'], "Unknown model 'awm_resnet2_cifar', the nearest is 'awm_resnet"),
+    (['awm_resnet2_cifar'], "Unknown model 'awm_resnet2_cifar'"),
     (['--device', 'nowhere'], "Device 'nowhere' cannot be used here"),
     (['--device', 'cpu', '-b', str(10 ** 12)], 'memory'),
 ])
@@ -136,8 +110,12 @@ def test_errors_leave_no_csv(args, message, tmp_path, capsys):
     assert main(['compare', *args, '--csv', str(path)]) == 1
     assert message in capsys.readouterr().err
     assert not path.exists()
+    path.write_text('precious')
+    assert main(['compare', '--csv', str(path)]) == 1
+    assert 'exists already: choose another file' in capsys.readouterr().err and path.read_text() == 'precious'
 
 
+@pytest.mark.skipif(sys.platform == 'win32', reason='POSIX signals')
 def test_an_interrupted_run_prints_what_it_has(tmp_path):
     path = tmp_path / 'results.csv'
     process = subprocess.Popen(
@@ -148,7 +126,7 @@ def test_an_interrupted_run_prints_what_it_has(tmp_path):
     while '4/1000000' not in seen:
         seen += process.stderr.read(1)
     process.send_signal(signal.SIGINT)
-    output, errors = process.communicate(timeout=60)
+    output, errors = process.communicate()
     assert process.returncode == 130 and 'Interrupted.' in errors
     assert '| awm_resnet14_cifar |  | ' in output
     assert len(path.read_text().splitlines()) == 1 + 3

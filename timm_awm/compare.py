@@ -1,28 +1,28 @@
-"""`timm-awm compare`: time and memory of models against their plain and SE controls, interleaved in one process.
+"""Time and memory of models against their plain and SE controls, side by side in one process.
 
-Every round runs every contender once, in shuffled order, so that drifts of the machine hit all alike; a ratio is the
+Every round runs every contender once, in shuffled order, so that noise of the machine hits all alike. A ratio is the
 median over the rounds of base time / own time: above 1 is faster than the base.
 
-Peak memory: the contender's own parameters, buffers, optimizer state and batch, and the most that one step allocates
-beyond what is there when it starts.
+Peak memory is the contender's own parameters, buffers, optimizer state and batch, and the most that one step allocates
+on top.
 """
 import csv
-import difflib
 import gc
+import math
 import os
 import platform
 import random
 import re
 import shlex
-import statistics
 import sys
 import time
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence
 
+import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
@@ -56,14 +56,14 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Settings:
-    """What is measured and how."""
+    """What is measured, and how."""
     modes: Sequence[str] = ('train', 'infer')
-    batch_size: Optional[int] = None  # by image size and mode
-    img_size: Optional[int] = None  # px; the base's own
-    amp_dtype: Optional[str] = None  # 'bfloat16' or 'float16'; float32 without autocast
-    compile: bool = False  # torch.compile every contender
-    channels_last: bool = True  # weights and images
-    device: Optional[str] = None  # an accelerator if there is one
+    batch_size: Optional[int] = None  # None: by image size and mode
+    img_size: Optional[int] = None  # px; None: the base's own
+    amp_dtype: Optional[str] = None  # 'bfloat16' or 'float16'; None: float32 without autocast
+    compile: bool = False
+    channels_last: bool = True
+    device: Optional[str] = None  # None: an accelerator if there is one
     warmup: int = 3  # steps of each contender
     repeats: int = 20  # rounds
     csv: Optional[Path] = None  # new file
@@ -86,21 +86,27 @@ class Spec:
 
 @dataclass
 class Contender:
-    """A model's inference, or its training step in one phase, ready to be timed."""
+    """Inference of a model, or its training step in one phase, ready to be timed."""
     label: str
     phase: str
     model: nn.Module
-    prepare: Callable[[], Any]  # what a step needs before the clock starts
     step: Callable[[], None]
-    kept_bytes: Callable[[], int]  # between steps
-    peak: Optional[int] = field(init=False)  # bytes; None: not measured on this device
-    seconds: List[float] = field(default_factory=list)
+    optimizer: Any = None  # of timm; None in inference
+    prepare: Callable[[], Any] = lambda: None  # before each step, not timed
+    peak: float = 0.  # bytes; NaN where the device does not say
+    seconds: List[float] = field(default_factory=list)  # by round
+
+    def kept_bytes(self, *batch: Tensor) -> int:
+        """What is there between two steps."""
+        state = list(self.optimizer.state.values()) if self.optimizer else []
+        kept = [*batch, *self.model.parameters(), *self.model.buffers(), *tree_leaves(state)]
+        return sum(t.nbytes for t in kept if isinstance(t, Tensor))
 
 
 def run(models: Sequence[str], settings: Settings) -> None:
-    """Measures and prints. An `awm_*` model brings its controls along; models named after it run with it.
+    """Measure and print. An `awm_*` model brings its controls along; models named after it run with it.
 
-    What has been measured is printed and written, also if the run is interrupted.
+    If the run is interrupted, what has been measured is still printed and written.
 
     Raises:
         ValueError: A model is unknown, or the device cannot be used.
@@ -119,16 +125,11 @@ def run(models: Sequence[str], settings: Settings) -> None:
 
 
 def group_contenders(models: Sequence[str]) -> List[List[Spec]]:
-    """The runs to make: contenders by group, the base first.
-
-    Raises:
-        ValueError: A model is unknown.
-    """
+    """Contenders that run together, the base of each group first."""
     groups: List[List[Spec]] = []
     for name in models:
         if not timm.is_model(name):
-            near = difflib.get_close_matches(name, timm.list_models(), n=1, cutoff=0)[0]
-            raise ValueError(f'Unknown model {name!r}, the nearest is {near!r}; timm.list_models() lists them all.')
+            raise ValueError(f'Unknown model {name!r}: timm.list_models() lists them all.')
         if name.startswith('awm_'):
             groups.append(with_controls(name))
         elif not groups:
@@ -139,8 +140,8 @@ def group_contenders(models: Sequence[str]) -> List[List[Spec]]:
 
 
 def with_controls(name: str) -> List[Spec]:
-    """What an AWM model runs with: timm's own plain model, if there is one, the plain control where that is another
-    network, the AWM model itself, an SE model, if there can be one."""
+    """timm's own plain model, if there is one; the plain control, if that is another network; the AWM model itself; an
+    SE model, if there can be one."""
     awm, control = Spec(name), Spec(name, dict(awm=False))
     own = name.partition('.')[0].removeprefix('awm_')
     with torch.device('meta'):
@@ -158,7 +159,7 @@ def with_controls(name: str) -> List[Spec]:
 
 
 def _compare(specs: List[Spec], mode: str, settings: Settings, device: torch.device) -> None:
-    gc.collect()  # what an earlier call has left
+    gc.collect()  # models of an earlier call
     torch.compiler.reset()
     torch.manual_seed(SEED)
     with torch.device('meta'):
@@ -177,52 +178,39 @@ def _compare(specs: List[Spec], mode: str, settings: Settings, device: torch.dev
             contender.prepare()
             for _ in range(settings.warmup):
                 contender.step()
-            contender.peak = peak_memory(contender.step, device)
-            if contender.peak is not None:
-                contender.peak += contender.kept_bytes()
+            contender.peak = peak_memory(contender.step, device) + contender.kept_bytes(x, y)
             contenders.append(contender)
 
-    order = list(contenders)
-    shuffle = random.Random(SEED).shuffle
+    order = random.Random(SEED)
     try:
         for _ in tqdm(range(settings.repeats), desc=f'{specs[0]}, {mode}', unit='round'):
-            shuffle(order)
-            for contender in order:
+            for contender in order.sample(contenders, len(contenders)):
                 contender.seconds.append(_seconds(contender, device))
     finally:
-        rounds = min(len(contender.seconds) for contender in contenders)
-        if rounds:
-            for contender in contenders:
-                del contender.seconds[rounds:]  # of a round that was interrupted
+        if all(contender.seconds for contender in contenders):
             rows = [_row(contender, contenders[0], mode, x, settings) for contender in contenders]
             print(f'\n{_table(rows, mode)}', flush=True)
             if settings.csv is not None:
-                _append(settings.csv, rows)
-
-
-def _append(path: Path, rows: List[Dict[str, Any]]) -> None:
-    new = not path.exists()
-    with path.open('a', newline='', encoding='utf-8') as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        if new:
-            writer.writeheader()
-        writer.writerows(rows)
+                with settings.csv.open('a', newline='', encoding='utf-8') as file:
+                    writer = csv.DictWriter(file, COLUMNS)
+                    if not file.tell():
+                        writer.writeheader()
+                    writer.writerows(rows)
 
 
 def make_contenders(
         spec: Spec, mode: str, settings: Settings, x: Tensor, y: Tensor, num_classes: int) -> List[Contender]:
     """One contender, or the two phases of the training of a model with merges, which share the model."""
-    model = spec.create(num_classes=num_classes).to(
-        device=x.device,
-        memory_format=torch.channels_last if settings.channels_last else torch.preserve_format,
-    ).train(mode == 'train')
+    model = spec.create(num_classes=num_classes).to(x.device).train(mode == 'train')
+    if settings.channels_last:
+        model = model.to(memory_format=torch.channels_last)
     # a graph break or a fall-back to eager is an error here, not a slow number
     forward = torch.compile(model, fullgraph=True, dynamic=False) if settings.compile else model
     amp_dtype = getattr(torch, settings.amp_dtype) if settings.amp_dtype else None
 
+    @torch.autocast(x.device.type, dtype=amp_dtype, enabled=amp_dtype is not None)
     def logits() -> Tensor:
-        with torch.autocast(x.device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
-            return forward(x)
+        return forward(x)
 
     def infer() -> None:
         with torch.inference_mode():
@@ -233,32 +221,23 @@ def make_contenders(
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    def kept_bytes() -> int:
-        state = list(optimizer.state.values()) if mode == 'train' else []
-        return _nbytes(x, y, list(model.parameters()), list(model.buffers()), state)
-
-    label = str(spec)
     if mode == 'infer':
-        return [Contender(label, '', model, lambda: None, infer, kept_bytes)]
+        return [Contender(str(spec), '', model, infer)]
     has_merges = any(isinstance(m, MixingWeights) for m in model.modules())
-    kwargs = dict(opt='alternating', base='sgd', period=1) if has_merges else dict(opt='sgd')
+    kwargs: Dict[str, Any] = dict(opt='alternating', base='sgd', period=1) if has_merges else dict(opt='sgd')
     optimizer = create_optimizer_v2(model, **kwargs, lr=.01, momentum=.9, weight_decay=1e-4)
     if not has_merges:
-        return [Contender(label, '', model, lambda: None, train, kept_bytes)]
+        return [Contender(str(spec), '', model, train, optimizer)]
     return [
-        Contender(label, phase, model, partial(optimizer.set_epoch, epoch), train, kept_bytes)
+        Contender(str(spec), phase, model, train, optimizer, partial(optimizer.set_epoch, epoch))
         for epoch, phase in enumerate((BACKBONE, MERGE))]
 
 
-def _nbytes(*values: Any) -> int:
-    return sum(t.nbytes for t in tree_leaves(values) if isinstance(t, Tensor))
+def peak_memory(step: Callable[[], Any], device: torch.device) -> float:
+    """Bytes that a call allocates for tensors, at most at once, beyond what is there before it; NaN if not known.
 
-
-def peak_memory(step: Callable[[], Any], device: torch.device) -> Optional[int]:
-    """Bytes: the most that a call allocates for tensors, at once, beyond what is there when it starts.
-
-    On a CPU from the profiler's events of torch's allocator, which sees no buffers inside oneDNN; elsewhere from the
-    device's allocator, None if that keeps no peak.
+    On a CPU from the profiler's events of torch's allocator, which does not see buffers inside oneDNN; elsewhere from
+    the device's allocator.
     """
     if device.type == 'cpu':
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
@@ -268,7 +247,7 @@ def peak_memory(step: Callable[[], Any], device: torch.device) -> Optional[int]:
         return max(accumulate((e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())), initial=0))
     memory = torch.get_device_module(device)
     if not hasattr(memory, 'reset_peak_memory_stats'):
-        return None
+        return math.nan  # MPS
     memory.reset_peak_memory_stats(device)
     before = memory.memory_allocated(device)
     step()
@@ -276,7 +255,7 @@ def peak_memory(step: Callable[[], Any], device: torch.device) -> Optional[int]:
 
 
 def _seconds(contender: Contender, device: torch.device) -> float:
-    synchronize = partial(torch.accelerator.synchronize, device) if device.type != 'cpu' else lambda: None
+    synchronize = (lambda: None) if device.type == 'cpu' else partial(torch.accelerator.synchronize, device)
     contender.prepare()
     synchronize()
     start = time.perf_counter()
@@ -285,19 +264,12 @@ def _seconds(contender: Contender, device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def _quartiles(values: Sequence[float]) -> Tuple[float, float, float]:
-    if len(values) == 1:  # interrupted
-        return values[0], values[0], values[0]
-    low, median, high = statistics.quantiles(values, n=4, method='inclusive')
-    return low, median, high
-
-
 def _row(contender: Contender, base: Contender, mode: str, x: Tensor, settings: Settings) -> Dict[str, Any]:
     """A contender's results, by `COLUMNS`."""
     batch, size = x.shape[0], x.shape[-1]
-    low, median, high = _quartiles([1e3 * seconds for seconds in contender.seconds])
-    ratio_low, ratio, ratio_high = _quartiles([b / own for b, own in zip(base.seconds, contender.seconds)])
-    peak = contender.peak
+    low, median, high = np.percentile(1e3 * np.array(contender.seconds), (25, 50, 75))
+    ratios = [of_base / own for of_base, own in zip(base.seconds, contender.seconds)]
+    ratio_low, ratio, ratio_high = np.percentile(ratios, (25, 50, 75))
     row = {
         'model': contender.label,
         'phase': contender.phase,
@@ -310,8 +282,8 @@ def _row(contender: Contender, base: Contender, mode: str, x: Tensor, settings: 
         'base': base.label,
         'ratio': round(ratio, 4),
         'ratio_iqr': round(ratio_high - ratio_low, 4),
-        'peak_mib': peak and round(peak / 2 ** 20, 1),
-        'peak_ratio': peak and base.peak and round(peak / base.peak, 4),
+        'peak_mib': round(contender.peak / 2 ** 20, 1),
+        'peak_ratio': round(contender.peak / base.peak, 4),
         'rounds': len(contender.seconds),
         'amp': settings.amp_dtype,
         'compile': settings.compile,
@@ -337,36 +309,23 @@ def _table(rows: List[Dict[str, Any]], mode: str) -> str:
         '| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |',
     ]
     for row in rows:
-        peak = ['-', '-'] if row['peak_mib'] is None else [f"{row['peak_mib']:.1f}", f"{row['peak_ratio']:.2f}"]
-        cells = [
-            row['model'], row['phase'], f"{row[f'{mode}_step_time']:.1f}", f"{row['step_time_iqr']:.1f}",
-            f"{row[f'{mode}_samples_per_sec']:.1f}", f"{row['ratio']:.3f}", f"{row['ratio_iqr']:.3f}",
-            *peak,
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
+        lines.append(
+            f"| {row['model']} | {row['phase']} | {row[f'{mode}_step_time']:.1f} | {row['step_time_iqr']:.1f} | "
+            f"{row[f'{mode}_samples_per_sec']:.1f} | {row['ratio']:.3f} | {row['ratio_iqr']:.3f} | "
+            f"{row['peak_mib']:.1f} | {row['peak_ratio']:.2f} |")
     return '\n'.join(lines)
 
 
 def _header(settings: Settings, device: torch.device) -> str:
-    kept = 'LD_PRELOAD', 'PYTORCH_ALLOC_CONF', 'PYTORCH_CUDA_ALLOC_CONF', 'OMP_NUM_THREADS'
-    environment = [
-        f'{k}={v}' for k, v in sorted(os.environ.items()) if k in kept or k.startswith(('TIMM_AWM_', 'MALLOC_'))]
-    lines = [
-        f'command: {shlex.join(sys.argv)}',
-        f'versions: timm_awm {__version__}, timm {timm.__version__}, torch {torch.__version__}, '
-        f'Python {platform.python_version()}',
-        f'device: {_device_name(device)}; {os.cpu_count()} CPU cores, {torch.get_num_threads()} threads, '
-        f'{torch.backends.cpu.get_cpu_capability()}',
-        f'environment: {" ".join(environment) or "nothing that matters is set"}',
-        f"settings: {f'{settings.amp_dtype} autocast' if settings.amp_dtype else 'float32'}, "
-        f"{'channels-last' if settings.channels_last else 'contiguous'}, "
-        f"{'compiled' if settings.compile else 'eager'}, SGD with momentum and weight decay (alternating in AWM "
-        f'models, whose phases share one model), {settings.warmup} steps to warm up, seed {SEED}',
-        'ms and ratio are medians, IQR their interquartile range; ratio: base / own time of the same round, above 1 is '
-        'faster',
-        'peak: own parameters, buffers, optimizer state and batch, and the most that a step allocates for tensors',
-    ]
-    return '\n'.join(lines)
+    kept = 'LD_PRELOAD', 'MALLOC_', 'OMP_NUM_THREADS', 'PYTORCH_ALLOC_CONF', 'PYTORCH_CUDA_ALLOC_CONF', 'TIMM_AWM_'
+    environment = [f'{k}={v}' for k, v in sorted(os.environ.items()) if k.startswith(kept)]
+    return f'''command: {shlex.join(sys.argv)}
+versions: timm_awm {__version__}, timm {timm.__version__}, torch {torch.__version__}, Python {platform.python_version()}
+device: {_device_name(device)}; {os.cpu_count()} CPU cores, {torch.get_num_threads()} threads
+environment: {' '.join(environment) or 'nothing that matters is set'}
+settings: {settings}; SGD with momentum and weight decay (alternating in AWM models); seed {SEED}
+ms and ratio are medians, IQR their interquartile range; ratio: base / own time of the same round, above 1 is faster
+peak: own parameters, buffers, optimizer state and batch, and the most that a step allocates for tensors'''
 
 
 def _device_name(device: torch.device) -> str:
