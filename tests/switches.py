@@ -63,7 +63,6 @@ TABLE = [
     Row('float16', '--amp'),
     # the model
     Row('compile-inductor', '--torchcompile', slow=True),
-    Row('sync-bn', '--sync-bn --channels-last'),
     Row('kd-feature', '--kd-model-name local-dir:{data}/awm_densenet22_cifar --kd-distill-type feature'),
     # bases
     Row('muon', '--lr .01 --opt-kwargs base=muon period=1'),

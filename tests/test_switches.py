@@ -4,7 +4,6 @@ import gc
 import importlib.util
 import os
 import sys
-from pathlib import Path
 
 import pytest
 import timm

@@ -1,8 +1,6 @@
-import importlib.util
+import importlib
 import inspect
-import os
 import sys
-from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -66,11 +64,8 @@ def test_pad4_crops_the_zero_padded_image_at_random(separate, inside_train_py):
             out = part(out)
         seen.add(next(offset for offset, crop in windows.items() if torch.equal(crop, torch.as_tensor(out))))
     assert {y for y, _ in seen} == {x for _, x in seen} == set(range(9))
-
-
-def test_pad4_resizes(inside_train_py):
-    transform = training_transform(train_crop_mode='pad4', use_prefetcher=True)
-    assert transform(picture(48)).shape == (3, 32, 32)
+    if not separate:
+        assert transform(picture(48)).shape == (3, 32, 32)  # resized first
 
 
 def test_pad4_refuses_a_timm_that_crops_in_another_place():
@@ -115,11 +110,3 @@ def test_train_py_gets_the_clock_and_the_summary_the_phase(inside_train_py):
     assert (optimizer.epoch, optimizer.phase) == (3, 'merge')
     assert inside_train_py.train_one_epoch(4, result=None) is None
     assert optimizer.phase == 'backbone'
-
-
-@pytest.mark.skipif('TIMM_TRAIN_SCRIPT' not in os.environ, reason="needs timm's train.py")
-def test_timms_train_py_is_recognised(monkeypatch):
-    path = Path(os.environ['TIMM_TRAIN_SCRIPT'])
-    module = importlib.util.module_from_spec(importlib.util.spec_from_file_location('train_py', path))
-    module.__spec__.loader.exec_module(module)
-    assert train_script._is_train_script(module)
