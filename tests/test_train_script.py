@@ -63,6 +63,7 @@ def run(*command, cwd, check=True, front=(sys.executable,)):
 def arguments(recipe, data, cwd, *args):
     return [str(arg) for arg in (
         'train', '-c', recipe, '--dataset', f'hfds/{data}', '--device', 'cpu', '--no-prefetcher', '-j', 1, '-b', 16,
+        '--train-split', 'train', '--val-split', 'test',
         '--checkpoint-hist', 100, '--output', cwd, '--experiment', 'run', *args)]
 
 
@@ -140,9 +141,9 @@ def test_two_processes_train_like_one(data, tmp_path):
     # one update an epoch of all 64 images, so that their order does not matter, and no statistics over a batch
     args = ('--opt-kwargs', 'base=sgd', 'period=1', 'filter_bias_and_bn=False', '--epochs', 6, '--no-aug',
             '--model-kwargs', 'norm_layer=groupnorm1', '--grad-accum-steps', 2, '--clip-grad', .05)
-    train('cifar10/awm_resnet14_cifar', data, tmp_path, *args, '-b', 32)
+    train('cifar10_short/awm_resnet14_cifar', data, tmp_path, *args, '-b', 32)
     log = train(
-        'cifar10/awm_resnet14_cifar', data, tmp_path, *args, '-b', 16, '--experiment', 'two',
+        'cifar10_short/awm_resnet14_cifar', data, tmp_path, *args, '-b', 16, '--experiment', 'two',
         '--device-modules', 'ddp_on_cpu', 'ranks_equal', front=TORCHRUN)
     assert log.stderr.count('timm-awm runs') == 1
     assert epochs(log.stderr) == [(str(i), 'bm'[i % 2]) for i in range(6)]
@@ -182,7 +183,7 @@ def workers(agent):
 
 def test_elastic_restart_goes_on_in_the_right_phase(data, tmp_path):
     args = (*PERIOD_2, '--epochs', 8, '--no-aug', '--device-modules', 'ddp_on_cpu', '--resume', 'auto')
-    recipe = 'cifar10/awm_resnet14_cifar'
+    recipe = 'cifar10_short/awm_resnet14_cifar'
     train(recipe, data, tmp_path, *args, front=TORCHRUN)
     command = [*TORCHRUN, '--max-restarts=2', '-m', 'timm_awm', *arguments(
         recipe, data, tmp_path, *args, '--experiment', 'killed')]
@@ -202,9 +203,9 @@ def test_elastic_restart_goes_on_in_the_right_phase(data, tmp_path):
     assert_same_checkpoints(tmp_path / 'run', tmp_path / 'killed', 8, kills=1)
 
 
-def test_killed_anywhere_and_resumed(data, tmp_path, kills=4, count=16, seed=0):
+def test_killed_anywhere_and_resumed(data, tmp_path, kills=3, count=14, seed=0):
     args = (*PERIOD_2, '--epochs', count, '--no-aug', '--device-modules', 'killable', '--resume', 'auto')
-    recipe = 'cifar10/awm_resnet14_cifar'
+    recipe = 'cifar10_short/awm_resnet14_cifar'
     train(recipe, data, tmp_path, *args)
     command = [sys.executable, '-m', 'timm_awm', *arguments(recipe, data, tmp_path, *args, '--experiment', 'killed')]
     moments = random.Random(seed)
@@ -240,7 +241,7 @@ def test_errors_reach_the_user(data, tmp_path):
 def test_merges_and_classifier_alone_in_two_processes(data, tmp_path):
     args = ('--opt-kwargs', 'base=adamw', 'train=merge+head', '--lr', .01, '--no-aug', '--epochs', 3,
             '--device-modules', 'ddp_on_cpu', 'ranks_equal')
-    result = train('cifar10/awm_resnet14_cifar', data, tmp_path, *args, front=TORCHRUN)
+    result = train('cifar10_short/awm_resnet14_cifar', data, tmp_path, *args, front=TORCHRUN)
     folder = tmp_path / 'run'
     assert epochs(result.stderr) == [('0', 'm'), ('1', 'm'), ('2', 'm')]
     assert [row['train_phase'] for row in summary(folder)] == ['merge'] * 3
@@ -249,7 +250,7 @@ def test_merges_and_classifier_alone_in_two_processes(data, tmp_path):
     assert changed == {k for k in after if '.merge.' in k or k.startswith('fc.')}
 
     result = train(
-        'cifar10/awm_resnet14_cifar', data, tmp_path, *args, '--resume', folder / 'checkpoint-0.pth.tar',
+        'cifar10_short/awm_resnet14_cifar', data, tmp_path, *args, '--resume', folder / 'checkpoint-0.pth.tar',
         '--experiment', 'again', front=TORCHRUN)
     assert epochs(result.stderr) == [('1', 'm'), ('2', 'm')]
     assert result.stdout.count('equal after epoch') == 4
