@@ -44,7 +44,7 @@ PERIOD2 = '--epochs 6 --opt-kwargs base=sgd period=2 '
 TWO = dict(phases='bbmmbb')
 
 TABLE = [
-    Row('plain'),
+    Row('clip-ema', '--clip-grad .05 --model-ema --model-ema-decay .5'),
     Row('identity-start', '--weight-decay 0', identity=True),
     Row('joint', '--opt-kwargs base=sgd period=0', phases='jjjj'),
     Row('period-2-merge-1', '--epochs 5 --opt-kwargs base=sgd period=2 merge_period=1', phases='bbmbb'),
@@ -60,9 +60,7 @@ TABLE = [
     Row('accumulation', '--grad-accum-steps 2'),
     Row('clip-value', '--clip-grad .001 --clip-mode value'),
     Row('layer-decay', '--layer-decay .5 --layer-decay-no-opt-scale .1', frozen=('conv1', 'bn1', 'layer1', 'layer2.0')),
-    Row('float16', '--amp'),
     # the model
-    Row('compile-inductor', '--torchcompile', slow=True),
     Row('kd-feature', '--kd-model-name local-dir:{data}/awm_densenet22_cifar --kd-distill-type feature'),
     # bases
     Row('muon', '--lr .01 --opt-kwargs base=muon period=1'),
@@ -81,10 +79,10 @@ TABLE = [
         again='--resume {run}/checkpoint-2.pth.tar', again_start=3, saved=2, **TWO),
     Row('float16-accumulation-clip-lamb-merge-1',
         '--amp --grad-accum-steps 2 --clip-grad .01 --lr .01 --epochs 5 '
-        '--opt-kwargs base=lamb period=2 merge_period=1', phases='bbmbb'),
+        '--opt-kwargs base=lamb period=2 merge_period=1', phases='bbmbb', slow=True),
     Row('compile-checkpointing-bfloat16-agc-accumulation',
         '--torchcompile aot_eager --grad-checkpointing --amp --amp-dtype bfloat16 --clip-grad .01 --clip-mode agc '
-        '--grad-accum-steps 2'),
+        '--grad-accum-steps 2', slow=True),
     Row('kd-adamw-layer-decay-no-resume-opt',
         PERIOD2 + '--kd-model-name local-dir:{data}/awm_resnet14_cifar --lr .01 --layer-decay .7 '
         '--opt-kwargs base=adamw period=2',
