@@ -57,8 +57,7 @@ def folder(tmp_path_factory):
 def train(train_py, row, folder, output, again=False, more=''):
     """Notes and arguments of a row's first or second run."""
     argv = f'{COMMON} --data-dir {folder} --output {output} {row.args} {more}'.format(data=folder).split()
-    if not row.identity:
-        argv += ['--initial-checkpoint', str(folder / train_py.parser.parse_args(argv).model / 'model.safetensors')]
+    argv += ['--initial-checkpoint', str(folder / train_py.parser.parse_args(argv).model / 'model.safetensors')]
     if again:
         argv += f'{row.again} --experiment again'.format(run=output / 'run').split()
     notes = []

@@ -29,8 +29,7 @@ class Alternating(Optimizer):
     """Wraps an optimizer of timm's registry and trains backbone and merges in turn.
 
     While one side trains, the other is frozen: it gets no gradient, no step, no weight decay and no momentum, and its
-    optimizer state does not change. (A count that an optimizer keeps for all parameters together, as MADGRAD does,
-    goes on.)
+    optimizer state does not change (except for MADGRAD's step count, which both sides share).
 
     Frozen parameters have `requires_grad` False until their phase comes, `unfreeze` is called, or the optimizer is
     deleted. What the user has frozen stays frozen.
@@ -38,15 +37,13 @@ class Alternating(Optimizer):
     With `train` the merge phase never ends: the backbone is frozen from the start (only its BatchNorm statistics
     change, as in any merge phase), and `set_epoch` need not be called. DDP may wrap the model afterwards.
 
-    Each parameter group is split by side, named in its key 'side'. Its key 'epoch' is the current epoch, which is thus
-    saved and loaded with the group. torch.distributed.checkpoint expects state of all parameters: it loads what was
-    saved after each side has had a phase.
+    Each parameter group is split by side, named in its key 'side'; its key 'epoch' saves the current epoch.
+    torch.distributed.checkpoint loads only what was saved after each side has had a phase.
 
     Args:
         params: Parameters or parameter groups, as for any optimizer.
         base: Name of the optimizer in timm's registry.
-        period: Epochs of a backbone phase (the paper's t), 3 if not given; 0 trains both sides jointly, which is
-            `base` itself.
+        period: Epochs of a backbone phase (the paper's t), 3 if not given; 0 trains both sides jointly, as `base` does.
         merge_period: Epochs of a merge phase, as long as a backbone phase if not given.
         merge_lr_scale: Factor on the learning rate of the merges.
         merge_weight_decay: Weight decay of the merges, that of their parameter group if not given.
@@ -71,8 +68,7 @@ class Alternating(Optimizer):
     ) -> None:
         merge_lr_scale = float(merge_lr_scale)  # YAML reads 1e-4 as a string
         if not merge_lr_scale > 0:
-            raise ValueError(
-                f'merge_lr_scale must be above 0, got {merge_lr_scale}; to train no merges use the base alone.')
+            raise ValueError(f'merge_lr_scale must be above 0, got {merge_lr_scale}; for plain training use the base.')
         if merge_weight_decay is not None:
             merge_weight_decay = float(merge_weight_decay)
             if not merge_weight_decay >= 0:
