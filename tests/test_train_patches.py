@@ -100,7 +100,7 @@ def test_a_second_import_wraps_nothing_twice(inside_train_py):
     assert (inside_train_py.train_one_epoch, *replaceable()) == before
 
 
-def test_train_py_gets_the_clock_and_the_summary_the_phase(inside_train_py):
+def test_train_py_gets_the_epoch_and_the_summary_the_phase(inside_train_py):
     optimizer = create_optimizer_v2(timm.create_model('awm_resnet14_cifar'), opt='alternating', lr=.1, period=2)
     assert inside_train_py.train_one_epoch(3, result=dict(loss=1)) == dict(loss=1, phase='merge')
     assert (optimizer.epoch, optimizer.phase) == (3, 'merge')

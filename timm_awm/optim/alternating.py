@@ -205,8 +205,8 @@ class Alternating(Optimizer):
     def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
         """Load a state; the saved epoch goes on.
 
-        No side is frozen before the next `set_epoch`: DDP, which may wrap the model in between, ignores frozen
-        parameters for good. With `train` they stay frozen.
+        Except with `train`, no side is frozen before the next `set_epoch`: DDP, which may wrap the model in between,
+        ignores frozen parameters for good.
 
         Raises:
             ValueError: The state is that of another optimizer or of other parameter groups.
