@@ -1,8 +1,4 @@
-"""What test_distributed.py starts in one process and, by torchrun, in two: the same training on the same batches.
-
-Usage: distributed_worker.py RESULT ACCUMULATE CLIP
-"""
-import sys
+"""What test_distributed.py starts in two processes: each trains alone on all images, then both share them under DDP."""
 import time
 
 import timm
@@ -17,46 +13,56 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import timm_awm  # noqa: F401
 
-EPOCHS, UPDATES, GLOBAL_BATCH = 8, 3, 16
+EPOCHS, UPDATES, GLOBAL_BATCH = 4, 3, 16
 
-result, accumulate, clip = sys.argv[1], int(sys.argv[2]), sys.argv[3]
-dist.init_process_group('gloo')
-rank, ranks = dist.get_rank(), dist.get_world_size()
-torch.manual_seed(0)
-torch.set_default_dtype(torch.float64)  # float32's rounding grows over the updates
-# normalisation within each image, so that the size of a local batch does not matter
-model = timm.create_model('awm_resnet14_cifar', num_classes=4, norm_layer='groupnorm1')
-task = ClassificationTask(model, torch.nn.CrossEntropyLoss(), verbose=False)
-optimizer = create_optimizer_v2(
-    model, opt='alternating', base='sgd', period=1, lr=.05, momentum=.9, weight_decay=1e-3)
-if ranks > 1:
-    task.prepare_distributed(find_unused_parameters=True)
-    ddp = next(m for m in task.modules() if isinstance(m, DistributedDataParallel))
-data = torch.Generator().manual_seed(0)
-flops = {}
-for epoch in range(EPOCHS):
-    optimizer.set_epoch(epoch)
-    for _ in range(UPDATES):
-        images = torch.randn(GLOBAL_BATCH, 3, 32, 32, generator=data).chunk(ranks * accumulate)[rank::ranks]
-        labels = torch.randint(4, (GLOBAL_BATCH,), generator=data).chunk(ranks * accumulate)[rank::ranks]
-        with FlopCounterMode(display=False) as counter:
-            for i, (x, y) in enumerate(zip(images, labels)):
-                if ranks > 1 and i < accumulate - 1:
-                    with ddp.no_sync():
-                        (task(x, y)['loss'] / accumulate).backward()
-                else:
+
+def train(accumulate, clip, rank=0, ranks=1):
+    """The trained parameters, and the FLOPs of an update in each phase."""
+    torch.manual_seed(0)
+    # normalisation within each image, so that the size of a local batch does not matter
+    model = timm.create_model('awm_resnet14_cifar', num_classes=4, norm_layer='groupnorm1')
+    task = ClassificationTask(model, torch.nn.CrossEntropyLoss(), verbose=False)
+    optimizer = create_optimizer_v2(
+        model, opt='alternating', base='sgd', period=1, lr=.05, momentum=.9, weight_decay=1e-3)
+    if ranks > 1:
+        task.prepare_distributed(find_unused_parameters=True)
+    ddp = next((m for m in task.modules() if isinstance(m, DistributedDataParallel)), None)
+    assert (ddp is None) == (ranks == 1)
+    data = torch.Generator().manual_seed(0)
+    flops = {}
+    for epoch in range(EPOCHS):
+        optimizer.set_epoch(epoch)
+        for _ in range(UPDATES):
+            images = torch.randn(GLOBAL_BATCH, 3, 16, 16, generator=data).chunk(ranks * accumulate)[rank::ranks]
+            labels = torch.randint(4, (GLOBAL_BATCH,), generator=data).chunk(ranks * accumulate)[rank::ranks]
+            with FlopCounterMode(display=False) as counter:
+                for i, (x, y) in enumerate(zip(images, labels)):
+                    if ddp is not None:
+                        ddp.require_backward_grad_sync = i == accumulate - 1  # as no_sync sets it
                     (task(x, y)['loss'] / accumulate).backward()
-        flops[optimizer.phase] = counter.get_total_flops()
-        if clip != 'none':
-            timm.utils.dispatch_clip_grad(model_parameters(model, exclude_head=clip == 'agc'), value=.01, mode=clip)
-        optimizer.step()
-        optimizer.zero_grad()
-    mine = torch.cat([p.detach().flatten() for p in model.parameters()])
-    others = [torch.empty_like(mine) for _ in range(ranks)]
-    dist.all_gather(others, mine)
-    assert all(torch.equal(mine, other) for other in others), f'the ranks differ after epoch {epoch}'
-if rank == 0:
-    torch.save(dict(parameters=dict(model.named_parameters()), flops=flops), result)
+            flops[optimizer.phase] = counter.get_total_flops()
+            if clip:
+                parameters = model_parameters(model, exclude_head=clip == 'agc')
+                timm.utils.dispatch_clip_grad(parameters, value=.01, mode=clip)
+            optimizer.step()
+            optimizer.zero_grad()
+    return torch.cat([p.detach().flatten() for p in model.parameters()]), flops
+
+
+dist.init_process_group('gloo')
+torch.set_default_dtype(torch.float64)  # float32's rounding grows over the updates
+for accumulate, clip in ((1, None), (2, 'norm'), (2, 'value'), (1, 'agc')):
+    one, flops = train(accumulate, clip)
+    two, shared_flops = train(accumulate, clip, dist.get_rank(), dist.get_world_size())
+    torch.testing.assert_close(two, one, rtol=1e-6, atol=1e-9)
+    others = [torch.empty_like(two) for _ in range(dist.get_world_size())]
+    dist.all_gather(others, two)
+    assert all(torch.equal(two, other) for other in others)
+    # what is frozen costs nothing in two processes either
+    assert shared_flops == {phase: n / 2 for phase, n in flops.items()}
+    assert flops['merge'] < .7 * flops['backbone']
+    if dist.get_rank() == 0:
+        print('equal', accumulate, clip, flush=True)
 dist.destroy_process_group()
 # a thread of gloo may still hold the last gradient's work, and aborts if Python ends first (any DDP model, torch 2.14)
 time.sleep(1)

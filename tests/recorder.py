@@ -1,11 +1,4 @@
-"""Notes at every update of a training run what it has changed, from outside of the optimizer.
-
-Given to timm's train.py as a device module after timm_awm (`--device-modules timm_awm recorder`), it writes its notes
-to the file that TIMM_AWM_RECORD names.
-"""
-import json
-import os
-import sys
+"""Notes at every update of a training run what it has changed, from outside the optimizer."""
 from contextlib import contextmanager
 from typing import Any, Callable, Dict, Iterator, List, Optional
 from unittest.mock import patch
@@ -171,12 +164,3 @@ class Recorder:
         clip = timm.utils.dispatch_clip_grad
         with patch('timm.utils.dispatch_clip_grad', watched), patch('timm.utils.cuda.dispatch_clip_grad', watched):
             yield
-
-
-if 'TIMM_AWM_RECORD' in os.environ:
-    def write(note: Dict[str, Any]) -> None:
-        with open(os.environ['TIMM_AWM_RECORD'], 'a') as file:
-            file.write(json.dumps(note) + '\n')
-
-    main: Any = sys.modules['__main__']
-    main.train_one_epoch = Recorder(main.train_one_epoch, write)

@@ -1,31 +1,42 @@
-"""The epoch clock and the freezing under every switch of timm's real train.py."""
+"""Epochs and freezing under the switches of timm's real train.py."""
+import gc
 import importlib.util
-import json
 import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+import timm
 import torch
 from networks import create
 from PIL import Image
+from recorder import Recorder
 from switches import BATCHES, COMMON, TABLE, check
+from timm.data import transforms_factory
 from timm.models import save_for_hf
 
-HERE = Path(__file__).parent
+from timm_awm import optim, train_script
+
 TRAIN = os.environ.get('TIMM_TRAIN_SCRIPT', '')
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(
-    not TRAIN, reason="NOT TESTED: timm's real train.py under every switch. Clone timm at the tag of the installed "
-                      'version and set TIMM_TRAIN_SCRIPT to its train.py')]
+
+pytestmark = pytest.mark.skipif(
+    not TRAIN, reason="NOT TESTED: timm's real train.py under its switches. Clone timm at the tag of the installed "
+                      'version and set TIMM_TRAIN_SCRIPT to its train.py')
 
 
 @pytest.fixture(scope='module')
-def parser():
-    spec = importlib.util.spec_from_file_location('timm_train_script', TRAIN)
+def train_py():
+    """timm's train.py as the running script, in this process."""
+    spec = importlib.util.spec_from_file_location('train_py', TRAIN)
     script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    return script.parser
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, '__main__', script)
+        patch.setattr(transforms_factory, 'transforms_imagenet_train', transforms_factory.transforms_imagenet_train)
+        for task in vars(timm.task).values():
+            if 'prepare_distributed' in getattr(task, '__dict__', ()):
+                patch.setattr(task, 'prepare_distributed', task.prepare_distributed)
+        spec.loader.exec_module(script)
+        train_script.install()
+        yield script
 
 
 @pytest.fixture(scope='module')
@@ -43,25 +54,38 @@ def folder(tmp_path_factory):
     return folder
 
 
-def run(argv, cwd):
-    record = cwd / 'notes'
-    record.unlink(missing_ok=True)
-    env = {
-        **os.environ, 'OMP_NUM_THREADS': '1', 'HF_HUB_OFFLINE': '1', 'TIMM_AWM_RECORD': str(record),
-        'PYTHONPATH': os.pathsep.join([str(HERE), os.environ.get('PYTHONPATH', '')])}
-    result = subprocess.run(
-        [sys.executable, TRAIN, '--device-modules', 'timm_awm', 'recorder', *argv],
-        cwd=cwd, env=env, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-3000:]
-    return list(map(json.loads, record.read_text().splitlines()))
+def train(train_py, row, folder, output, again=False, more=''):
+    """Notes and arguments of a row's first or second run."""
+    argv = f'{COMMON} --data-dir {folder} --output {output} {row.args} {more}'.format(data=folder).split()
+    argv += ['--initial-checkpoint', str(folder / train_py.parser.parse_args(argv).model / 'model.safetensors')]
+    if again:
+        argv += f'{row.again} --experiment again'.format(run=output / 'run').split()
+    notes = []
+    gc.collect()  # optimizers of earlier runs
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, 'argv', ['train.py', *argv])
+        patch.setattr(train_py, 'train_one_epoch', Recorder(train_py.train_one_epoch, notes.append))
+        train_py.main()
+    torch._dynamo.reset()
+    return notes, train_py.parser.parse_args(argv)
 
 
-@pytest.mark.parametrize('row', TABLE, ids=lambda row: row.name)
-def test_train_script(row, parser, folder, tmp_path):
-    argv = f'{COMMON} --data-dir {folder} --output {tmp_path} {row.args}'.format(data=folder).split()
-    if not row.identity:
-        argv += ['--initial-checkpoint', str(folder / parser.parse_args(argv).model / 'model.safetensors')]
-    check(run(argv, tmp_path), row, parser.parse_args(argv))
-    if row.again:
-        argv += f'{row.again} --experiment again'.format(run=tmp_path / 'run').split()
-        check(run(argv, tmp_path), row, parser.parse_args(argv), again=True)
+@pytest.mark.parametrize('row', [
+    pytest.param(row, id=row.name, marks=pytest.mark.slow if row.slow else ()) for row in TABLE])
+def test_every_update(row, train_py, folder, tmp_path):
+    for again in [False, True] if row.again else [False]:
+        notes, args = train(train_py, row, folder, tmp_path, again)
+        check(notes, row, args, again)
+
+
+@pytest.mark.parametrize('breakage', ['bare base', 'late epoch', 'no freeze'])
+def test_the_check_fails_for_a_broken_optimizer(breakage, train_py, folder, tmp_path, monkeypatch):
+    if breakage == 'no freeze':  # its steps are right, but the gradients are computed and clipped
+        monkeypatch.setattr(optim.Alternating, '_freeze', lambda self: None)
+    elif breakage == 'late epoch':
+        set_epoch = optim.set_epoch
+        monkeypatch.setattr(optim, 'set_epoch', lambda epoch: set_epoch(max(0, epoch - 1)))
+    more = '--opt sgd --opt-kwargs' if breakage == 'bare base' else ''
+    notes, args = train(train_py, TABLE[0], folder, tmp_path, more=more)
+    with pytest.raises(AssertionError):
+        check(notes, TABLE[0], args)

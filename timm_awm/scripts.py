@@ -1,5 +1,5 @@
-"""timm's own train.py, validate.py and benchmark.py, which no wheel of timm contains: found or fetched, and run
-unmodified with the plugin loaded.
+"""Finds or downloads timm's train.py, validate.py and benchmark.py, which its wheel lacks, and runs them unmodified
+with the plugin loaded.
 """
 import difflib
 import hashlib
@@ -29,18 +29,17 @@ RUN_WITH_PLUGIN = (
 
 
 def find_script(name: str, given: Optional[str] = None) -> Path:
-    """Where a script of timm is: as given, beside TIMM_TRAIN_SCRIPT, in the working directory, or in the cache, into
-    which it is downloaded if it is not there.
+    """A script of timm: as given, beside TIMM_TRAIN_SCRIPT, in the working directory, or downloaded to the cache.
 
-    The cache is below `torch.hub.get_dir()`. It holds what timm published under the tag `VERSION`.
+    The cache, below `torch.hub.get_dir()`, holds what timm published under the tag `VERSION`.
 
     Args:
         name: 'train', 'validate' or 'benchmark'.
         given: A path that the user gave.
 
     Raises:
-        FileNotFoundError: The script that was named is not there.
-        RuntimeError: It cannot be downloaded, or what came is not what timm published.
+        FileNotFoundError: The given path, or that of TIMM_TRAIN_SCRIPT, does not exist.
+        RuntimeError: The download failed, or is not what timm published.
     """
     train = os.environ.get('TIMM_TRAIN_SCRIPT')
     for source, named, script in (('--script', given, name), ('TIMM_TRAIN_SCRIPT', train, 'train')):
@@ -51,7 +50,7 @@ def find_script(name: str, given: Optional[str] = None) -> Path:
             return Path(named)
     beside = [Path(train).with_name(f'{name}.py')] if train else []
     for path in (*beside, Path(f'{name}.py')):
-        # who signs timm's scripts
+        # the author of timm's scripts
         if path.is_file() and 'Ross Wightman' in path.read_text(encoding='utf-8', errors='replace'):
             return path
     return _cached_script(name)
@@ -114,17 +113,16 @@ def run_train(
 
     Args:
         script: timm's train.py.
-        args: Its arguments, without the following ones.
+        args: Its other arguments.
         config: A YAML file, or the name of a recipe.
         output: Folder for runs.
         experiment: Name of the run's folder in it.
-        resume: A checkpoint, or 'auto' for the newest whole one in the run's folder, if there is one.
-        device_modules: Modules to import, in addition to the plugin.
+        resume: A checkpoint, or 'auto' for the newest undamaged one in the run's folder, if any.
+        device_modules: Modules to import besides the plugin.
 
     Raises:
         FileNotFoundError: There is no such recipe.
-        ValueError: The YAML file does not hold names and values; 'auto' without the name of an experiment or with
-            --start-epoch.
+        ValueError: The YAML file is invalid; or 'auto' without an experiment or with --start-epoch.
     """
     defaults: Dict[str, Any] = {}
     command = [str(script)]
@@ -148,7 +146,7 @@ def run_train(
         command += [] if value is None else [flag, value]
     modules = device_modules or defaults.get('device_modules') or []
     end = args.index('--') if '--' in args else len(args)
-    # at the end, for it takes all values that follow
+    # last, as it takes all values that follow
     command += [*args[:end], '--device-modules', 'timm_awm', *(m for m in modules if m != 'timm_awm'), *args[end:]]
     _become(command)
 
@@ -164,12 +162,12 @@ def _read_config(path: Path) -> Dict[str, Any]:
 
 
 def run_with_plugin(script: Path, args: Sequence[str]) -> NoReturn:
-    """Become a script of timm's that has no `--device-modules`."""
+    """Become a script of timm that has no `--device-modules`."""
     _become(['-c', RUN_WITH_PLUGIN, str(script), *args])
 
 
 def _become(command: List[str]) -> NoReturn:
-    """Replaces this process, so that signals, exit status and the place in torchrun are the script's own."""
+    """Replaces this process, so that the script gets its signals, exit status and place in torchrun."""
     _say('runs ' + shlex.join(command[2:] if command[0] == '-c' else command))
     sys.stdout.flush()
     os.execv(sys.executable, [sys.executable, *command])

@@ -1,7 +1,7 @@
-"""The one file that changes anything in timm, and only inside timm's train.py (`--device-modules timm_awm`).
+"""Changes to timm, made only inside its train.py (`--device-modules timm_awm`).
 
-It tells the optimizer which epoch starts and the summary which phase it was, adds the crop mode 'pad4', and lets DDP
-train in phases.
+They give the epoch to the optimizer and the phase to the summary, add the crop mode 'pad4', and let DDP train in
+phases.
 """
 import functools
 import inspect
@@ -23,17 +23,17 @@ _MARK = '_timm_awm'  # on our wrappers, so that a reload wraps nothing twice
 
 
 def pad4_crop(img_size: Any) -> List[Any]:
-    """The paper's crop for training: resize, pad by 4 zeros, crop at random. An integer size stands for a square."""
+    """The paper's crop for training: resize, pad by 4 zeros, crop at random. An integer is the side of a square."""
     size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
     return [transforms.Resize(size), transforms.RandomCrop(size, padding=4)]
 
 
 def install() -> None:
-    """Replaces functions of timm if timm's train.py is the running script, and nothing otherwise."""
+    """Replaces functions of timm if its train.py is the running script."""
     main: Any = sys.modules['__main__']
     if not _is_train_script(main):
         return
-    _wrap(main, 'train_one_epoch', _with_epoch_clock)
+    _wrap(main, 'train_one_epoch', _with_epoch)
     _wrap(transforms_factory, 'transforms_imagenet_train', _with_pad4)
     for task in list(vars(timm.task).values()):
         if inspect.isclass(task) and 'prepare_distributed' in vars(task):
@@ -41,7 +41,7 @@ def install() -> None:
 
 
 def _is_train_script(module: ModuleType) -> bool:
-    """Whether a module is timm's train.py with the `train_one_epoch(epoch, ...)` of the versions we know."""
+    """Whether a module is timm's train.py with a `train_one_epoch(epoch, ...)`."""
     train_one_epoch = getattr(module, 'train_one_epoch', None)
     return (
         getattr(module, 'create_optimizer_v2', None) is timm.optim.create_optimizer_v2
@@ -58,8 +58,8 @@ def _wrap(owner: Any, name: str, wrapper: Callable[[Callable], Callable]) -> Non
         setattr(owner, name, wrapped)
 
 
-def _with_epoch_clock(train_one_epoch: Callable) -> Callable:
-    def with_epoch_clock(epoch: int, *args: Any, **kwargs: Any) -> Any:
+def _with_epoch(train_one_epoch: Callable) -> Callable:
+    def with_epoch(epoch: int, *args: Any, **kwargs: Any) -> Any:
         optim.set_epoch(epoch)
         metrics = train_one_epoch(epoch, *args, **kwargs)
         if isinstance(metrics, dict):
@@ -67,7 +67,7 @@ def _with_epoch_clock(train_one_epoch: Callable) -> Callable:
                 metrics['phase'] = optimizer.phase  # train_phase in summary.csv
         return metrics
 
-    return with_epoch_clock
+    return with_epoch
 
 
 def _with_pad4(transforms_imagenet_train: Callable) -> Callable:
@@ -87,7 +87,7 @@ def _with_pad4(transforms_imagenet_train: Callable) -> Callable:
 
 
 def _with_unused_parameters(prepare_distributed: Callable) -> Callable:
-    """DDP waits for the gradients of a frozen side, unless it may look for unused parameters."""
+    """Without find_unused_parameters DDP waits for the gradients of the frozen side."""
 
     def with_unused_parameters(self: Any, *args: Any, **kwargs: Any) -> Any:
         if any(optimizer.schedule.period for optimizer in optim.live()):

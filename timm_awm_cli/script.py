@@ -18,9 +18,9 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def describe(parser: ArgumentParser, name: str, example: str) -> None:
     parser.description = (
-        f"Runs timm's own {name}.py, unmodified, with timm_awm loaded. Without --script it is looked for beside "
-        'TIMM_TRAIN_SCRIPT, in the working directory and in the cache, and else downloaded. All other arguments are '
-        f'those of {name}.py: timm-awm {name} -- --help shows them.')
+        f"Runs timm's own {name}.py, unmodified, with timm_awm loaded. Without --script it is taken from the folder of "
+        'TIMM_TRAIN_SCRIPT, the working directory or the cache, or downloaded. All other arguments are those of '
+        f'{name}.py: timm-awm {name} -- --help shows them.')
     parser.epilog = f'Example: {example}'
     parser.add_argument('--script', metavar='FILE', help=f"timm's {name}.py")
 

@@ -18,8 +18,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument('--experiment', metavar='NAME', help="name of the run's folder in it")
     parser.add_argument(
         '--resume', metavar='FILE',
-        help="a checkpoint, or 'auto' for the newest whole one of the experiment, if there is one: a run that was "
-             'stopped anywhere goes on when the same command is given again')
+        help="a checkpoint, or 'auto' for the newest undamaged one of the experiment, if any: the same command then "
+             'starts a run and continues it')
     parser.add_argument('--device-modules', nargs='+', metavar='NAME', help='modules to import besides timm_awm')
 
 

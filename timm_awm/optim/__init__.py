@@ -5,7 +5,7 @@ from .alternating import Alternating, live, set_epoch
 from .schedule import PhaseSchedule
 
 default_registry.register(OptimInfo(
-    name='alternating',  # no underscore: timm's factory drops what stands before one
+    name='alternating',  # no underscore: timm's factory drops a prefix that ends in one
     opt_class=Alternating,
     description='Trains backbone and AWM merges in turn with any other optimizer (base=..., period=...)',
     has_eps=True,

@@ -1,11 +1,11 @@
-"""The alternating optimizer: backbone and merges take turns.
+"""The alternating optimizer: backbone and merges train in turn.
 
 Paper: "Residual Convolutional Neural Network Revisited with Active Weighted Mapping" (Jung et al., 2018), section 3.2.
 """
 import difflib
 import logging
 import weakref
-from typing import Any, Callable, Dict, Iterable, List, Optional, Tuple, Union
+from typing import Any, Callable, Dict, Iterable, List, Optional
 
 import torch.distributed as dist
 from timm.optim import create_optimizer_v2, list_optimizers
@@ -20,45 +20,39 @@ __all__ = ['Alternating', 'live', 'set_epoch']
 
 _logger = logging.getLogger(__name__)
 
-HEAD = 'head'  # the side of a classifier that trains with the merges; it has no phase of its own
+HEAD = 'head'  # side of a classifier that trains with the merges; it has no phase of its own
 
 _live: 'weakref.WeakSet[Alternating]' = weakref.WeakSet()
 
 
 class Alternating(Optimizer):
-    """Wraps an optimizer of timm's registry and trains backbone and merges alternately.
+    """Wraps an optimizer of timm's registry and trains backbone and merges in turn.
 
-    While one side trains the other is frozen: no gradient is computed for it, it takes no step, no weight decay and no
-    momentum, and its optimizer state waits unchanged. (What an optimizer counts for itself as a whole and not for a
-    parameter or a group, as MADGRAD does, goes on counting.)
+    While one side trains, the other is frozen: it gets no gradient, no step, no weight decay and no momentum, and its
+    optimizer state does not change (except for MADGRAD's step count, which both sides share).
 
-    Frozen parameters have `requires_grad` False until their phase comes, or `unfreeze` is called, or the optimizer is
-    gone. Parameters that are frozen already when a phase begins stay so.
+    Frozen parameters have `requires_grad` False until their phase comes, `unfreeze` is called, or the optimizer is
+    deleted. What the user has frozen stays frozen.
 
-    With `train` one merge phase lasts for ever: the backbone is frozen from the start (its BatchNorm statistics follow
-    train mode, as in any merge phase), and nobody needs to call `set_epoch`. As it never thaws, DDP may wrap the model
-    after that.
+    With `train` the merge phase never ends: the backbone is frozen from the start (only its BatchNorm statistics
+    change, as in any merge phase), and `set_epoch` need not be called. DDP may wrap the model afterwards.
 
-    Each parameter group is split, one for each side, marked by its key 'side'. Its key 'epoch' is the current
-    epoch, so that whatever saves and loads parameter groups (`state_dict`, torch.distributed.checkpoint) keeps it. The
-    latter expects state of all parameters: it loads what was saved after each side has had a phase.
+    Each parameter group is split by side, named in its key 'side'; its key 'epoch' saves the current epoch.
+    torch.distributed.checkpoint loads only what was saved after each side has had a phase.
 
     Args:
         params: Parameters or parameter groups, as for any optimizer.
         base: Name of the optimizer in timm's registry.
-        period: Epochs of a backbone phase (the paper's t), 3 if not given; 0 trains both sides jointly, which is
-            `base` itself.
+        period: Epochs of a backbone phase (the paper's t), 3 if not given; 0 trains both sides jointly, as `base` does.
         merge_period: Epochs of a merge phase, as long as a backbone phase if not given.
-        merge_lr_scale: The merges' learning rate, as a multiple of the one of their parameter group.
-        merge_weight_decay: The merges' weight decay, that of their parameter group if not given.
-        train: In place of turns, 'merge' trains the merges alone, 'merge+head' the merges and the classifier of an AWM
-            model, which is a new one where the data have other classes than the checkpoint.
+        merge_lr_scale: Factor on the learning rate of the merges.
+        merge_weight_decay: Weight decay of the merges, that of their parameter group if not given.
+        train: 'merge' trains only the merges, 'merge+head' only the merges and the classifier of an AWM model.
         **kwargs: lr, weight_decay, ... of the base optimizer, as for `timm.optim.create_optimizer_v2`.
 
     Raises:
-        ValueError: A side that is to be trained has no parameter to train, or another alternating optimizer has frozen
-            it; the base or `train` is unknown; a period is no number of epochs, or given together with `train`; the
-            learning rate is scaled by no positive number, or there is none to scale; or the weight decay is negative.
+        ValueError: There is nothing to train on a side, or another alternating optimizer has frozen it; the base is
+            unknown; or another argument is out of range or contradicts `train`.
     """
 
     def __init__(
@@ -72,23 +66,22 @@ class Alternating(Optimizer):
             train: Optional[str] = None,
             **kwargs: Any,
     ) -> None:
-        merge_lr_scale = float(merge_lr_scale)  # YAML has 1e-4 as a text
+        merge_lr_scale = float(merge_lr_scale)  # YAML reads 1e-4 as a string
         if not merge_lr_scale > 0:
-            raise ValueError(
-                f'merge_lr_scale must be above 0, got {merge_lr_scale}; to train no merges use the base alone.')
+            raise ValueError(f'merge_lr_scale must be above 0, got {merge_lr_scale}; for plain training use the base.')
         if merge_weight_decay is not None:
             merge_weight_decay = float(merge_weight_decay)
             if not merge_weight_decay >= 0:
                 raise ValueError(f'merge_weight_decay must be at least 0, got {merge_weight_decay}')
         self._merge_lr_scale, self._merge_weight_decay = merge_lr_scale, merge_weight_decay
+        if train not in (None, 'merge', 'merge+head'):
+            raise ValueError(f"train must be 'merge' or 'merge+head', or not given, got {train!r}")
         if train is None:
             self.schedule = PhaseSchedule(3 if period is None else period, merge_period)
-        elif train not in ('merge', 'merge+head'):
-            raise ValueError(f"train must be 'merge' or 'merge+head', or not given, got {train!r}")
         elif period is None and merge_period is None:
             self.schedule = PhaseSchedule(0, constant=MERGE)
         else:
-            raise ValueError(f'train={train} takes no turns: give it without period and merge_period.')
+            raise ValueError(f'train={train} does not alternate: give it without period and merge_period.')
         self._with_head = train == 'merge+head'
         self._frozen: List[Tensor] = []  # by this optimizer; the same list for life
         params = list(params)
@@ -98,29 +91,29 @@ class Alternating(Optimizer):
         for group in self.base.param_groups:
             self._tune(group)
         super().__init__(self.base.param_groups, self.base.defaults)
-        # one list and one state for both: what schedulers, scalers and users change here, the base sees
         self._share()
         thaw = 'If an earlier alternating optimizer has left this side frozen, call its unfreeze() first.'
-        if not any(p.requires_grad for p in self._parameters(MERGE)):
-            raise ValueError(
-                'The alternating optimizer found no AWM merge to train among its parameters. Use a model with merges '
-                '(awm_*, without awm=False, and torch.compile in place of TorchScript), or train this one with its '
-                f'base alone: --opt {base}. {thaw}')
-        # what another has frozen thaws when that one is gone, perhaps in the middle of this one's training
-        needed = self.schedule.period or any(optimizer._frozen for optimizer in live())
-        if needed and not any(p.requires_grad for p in self._parameters(BACKBONE)):
-            raise ValueError(
-                'The alternating optimizer found no backbone that requires gradients among its parameters. To train '
-                f'merges alone use train=merge. {thaw}')
-        if self._with_head and not any(p.requires_grad for p in self._parameters(HEAD)):
-            raise ValueError(
-                'The alternating optimizer found no classifier to train among its parameters. train=merge+head needs '
-                'an AWM model (awm_*) with num_classes above 0; to train merges alone use train=merge.')
+        required = {
+            MERGE: 'AWM merge to train among its parameters. Use a model with merges (awm_*, without awm=False, and '
+                   'torch.compile in place of TorchScript), or train this one with its base alone: '
+                   f'--opt {base}. {thaw}'}
+        # what another optimizer has frozen thaws when that one is deleted, perhaps while this one trains
+        if self.schedule.period or any(optimizer._frozen for optimizer in live()):
+            required[BACKBONE] = (
+                'backbone that requires gradients among its parameters. To train merges alone use train=merge. ' + thaw)
+        if self._with_head:
+            required[HEAD] = (
+                'classifier to train among its parameters. train=merge+head needs an AWM model (awm_*) with '
+                'num_classes above 0; to train merges alone use train=merge.')
+        for side, missing in required.items():
+            if not any(p.requires_grad for p in self._parameters(side)):
+                raise ValueError(f'The alternating optimizer found no {missing}')
         if not self.schedule.period:
             self._freeze()
         self._enlist()
 
     def _share(self) -> None:
+        # one list and one state for both: the base sees what schedulers, scalers and users change here
         self.param_groups = self.base.param_groups
         self.state = self.base.state
 
@@ -143,7 +136,7 @@ class Alternating(Optimizer):
 
     @property
     def epoch(self) -> Optional[int]:
-        """The current epoch, counted from 0; None before the first `set_epoch`."""
+        """The current epoch, from 0; None before the first `set_epoch`."""
         return self.param_groups[0]['epoch'] if self.param_groups else None
 
     @property
@@ -151,7 +144,7 @@ class Alternating(Optimizer):
         """The phase of the current epoch: 'backbone', 'merge' or 'joint'.
 
         Raises:
-            RuntimeError: Nobody has said which epoch it is.
+            RuntimeError: `set_epoch` has not been called.
         """
         if self.schedule.period == 0:
             return self.schedule.constant
@@ -163,12 +156,12 @@ class Alternating(Optimizer):
         return self.schedule.phase(self.epoch)
 
     def set_epoch(self, epoch: int) -> None:
-        """Start an epoch, counted from 0: freezes the side that is not to be trained in it.
+        """Start an epoch, counted from 0: freezes the side that does not train in it.
 
-        Call it before the epoch's first forward pass, and after a model has been wrapped in DDP.
+        Call it before the epoch's first forward pass, and after wrapping the model in DDP.
 
         Raises:
-            ValueError: The epoch is no whole number of at least 0.
+            ValueError: The epoch is not a whole number of at least 0.
         """
         require_int('epoch', epoch, 0)
         for group in self.param_groups:
@@ -180,19 +173,19 @@ class Alternating(Optimizer):
             _logger.info(f'Epoch {epoch}: {self.phase} phase, trains {trained:,} of {total:,} parameters')
 
     def unfreeze(self) -> None:
-        """Give back what the optimizer has frozen, for what comes after the training; `set_epoch` freezes again."""
+        """Undo the freezing, after the training; `set_epoch` freezes again."""
         _thaw(self._frozen)
 
     def step(self, closure: Optional[Callable[[], float]] = None) -> Optional[float]:  # type: ignore[override]
         if self.epoch is None and not any(
                 group['lr'] or any(p.grad is not None and p.grad.any() for p in group['params'])
                 for group in self.param_groups):
-            return self.base.step(closure)  # moves nothing: torch.distributed.checkpoint creates the state so
+            return self.base.step(closure)  # changes nothing: torch.distributed.checkpoint creates the state so
         idle = self._idle
         for p in self._parameters(idle):
             p.grad = None  # computed before the freeze, or put there by DDP
         groups = self.base.param_groups
-        # out of the base's sight, as some optimizers count steps per group
+        # hidden from the base, as some optimizers count steps per group
         self.base.param_groups = [group for group in groups if group['side'] != idle]
         try:
             return self.base.step(closure)
@@ -210,11 +203,13 @@ class Alternating(Optimizer):
         return self.base.state_dict()
 
     def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
-        """As of any optimizer. Steps go on in the saved epoch; where sides take turns, gradients are computed for both
-        until `set_epoch` freezes one, for DDP, if it is to come, must not find a side frozen that will thaw.
+        """Load a state; the saved epoch goes on.
+
+        Except with `train`, no side is frozen before the next `set_epoch`: DDP, which may wrap the model in between,
+        ignores frozen parameters for good.
 
         Raises:
-            ValueError: The state was saved from an optimizer of other parameter groups, such as a bare base.
+            ValueError: The state is that of another optimizer or of other parameter groups.
         """
         sides = [group.get('side') for group in state_dict['param_groups']]
         if sides != [group['side'] for group in self.param_groups]:
@@ -234,7 +229,7 @@ class Alternating(Optimizer):
         return [p for group in self.param_groups if group['side'] == side for p in group['params']]
 
     def _split(self, group: Dict[str, Any]) -> List[Dict[str, Any]]:
-        """A parameter group as one for each side, as far as it has parameters of that."""
+        """One parameter group for each side that has parameters in the group."""
         if 'side' in group:
             return [group]
         params = group['params']
@@ -242,21 +237,22 @@ class Alternating(Optimizer):
         side_of = {id(p): MERGE for p in merge_parameters()}
         if self._with_head:
             side_of.update((id(p), HEAD) for p in classifier_parameters())
-        sides: Dict[str, List[Union[Tensor, Tuple[str, Tensor]]]] = {BACKBONE: [], MERGE: [], HEAD: []}
+        sides: Dict[str, List[Any]] = {BACKBONE: [], MERGE: [], HEAD: []}
         for param in params:
-            tensor = param[1] if isinstance(param, tuple) else param  # of named_parameters()
+            tensor = param[1] if isinstance(param, tuple) else param  # a pair of named_parameters()
             sides[side_of.get(id(tensor), BACKBONE)].append(param)
         return [{'epoch': None, **group, 'params': members, 'side': side} for side, members in sides.items() if members]
 
     def _tune(self, group: Dict[str, Any]) -> None:
-        """Gives a new parameter group, complete but for that, what is set for its side."""
-        if group['side'] == MERGE:
-            if self._merge_lr_scale != 1:
-                if group['lr'] is None:  # Adafactor's own
-                    raise ValueError('merge_lr_scale needs a learning rate to scale: give lr.')
-                group['lr'] = group['lr'] * self._merge_lr_scale
-            if self._merge_weight_decay is not None:
-                group['weight_decay'] = self._merge_weight_decay
+        """Sets learning rate and weight decay of a new group of merges."""
+        if group['side'] != MERGE:
+            return
+        if self._merge_lr_scale != 1:
+            if group['lr'] is None:  # Adafactor finds its own
+                raise ValueError('merge_lr_scale needs a learning rate to scale: give lr.')
+            group['lr'] = group['lr'] * self._merge_lr_scale
+        if self._merge_weight_decay is not None:
+            group['weight_decay'] = self._merge_weight_decay
 
     def _freeze(self) -> None:
         self.unfreeze()
@@ -272,7 +268,7 @@ def live() -> List[Alternating]:
 
 
 def set_epoch(epoch: int) -> None:
-    """Tell every alternating optimizer of this process which epoch starts, those inside a Lookahead too."""
+    """Start an epoch in every alternating optimizer of this process, also inside Lookahead."""
     for optimizer in live():
         optimizer.set_epoch(epoch)
 

@@ -1,4 +1,4 @@
-"""Which side trains in which epoch."""
+"""The phase of each epoch."""
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Optional
@@ -12,15 +12,15 @@ JOINT = 'joint'
 
 @dataclass(frozen=True)
 class PhaseSchedule:
-    """The alternation of the paper's section 3.2: t epochs of the backbone, t epochs of the merges, and again.
+    """The alternation of the paper's section 3.2: t epochs of the backbone, then t epochs of the merges, repeated.
 
     Args:
-        period: Epochs of a backbone phase (the paper's t); 0: no turns.
+        period: Epochs of a backbone phase (the paper's t); 0 for no alternation.
         merge_period: Epochs of a merge phase, as long as a backbone phase if not given.
-        constant: The phase of every epoch if there are no turns.
+        constant: The phase of every epoch without alternation.
 
     Raises:
-        ValueError: A period that is no such number.
+        ValueError: A period is out of range.
     """
     period: int = 3
     merge_period: Optional[int] = None
@@ -44,7 +44,7 @@ class PhaseSchedule:
 def require_int(name: str, value: object, least: int) -> None:
     """
     Raises:
-        ValueError: The value is no whole number, or less than the least.
+        ValueError: The value is not a whole number, or below the least.
     """
     if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
         raise ValueError(f'{name} must be a whole number, at least {least}, got {value!r}')
