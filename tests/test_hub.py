@@ -302,8 +302,8 @@ def test_push_interrupted(fault, hub, client, folder):
 
 
 def test_push_that_comes_back_altered(hub, client, folder):
-    hub.create_repo('me/other', files=files(folder))
-    hub.corrupt('me/other', 'model.safetensors')
+    hub.create_repo('me/net', files=files(folder))
+    hub.corrupt('me/net', 'model.safetensors')
     assert 'gives back something else for model.safetensors' in client.command('push', folder, 'me/net', status=1)
 
 
@@ -367,6 +367,7 @@ def test_pull_refused(repo_id, token, said, hub, client, folder):
     assert said in client.command('pull', repo_id, status=1, token=token)
 
 
+@pytest.mark.slow
 def test_without_network(hub, client, folder, tmp_path):
     hub.create_repo('me/net', files=files(folder))
     client.command('pull', 'me/net')
