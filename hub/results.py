@@ -3,7 +3,7 @@
     python hub/results.py run NAME -c RECIPE --seed 0 ...   trains with timm's train.py (goes on with a run that was
                                                             stopped), tests once, keeps the run in hub/results/
     python hub/results.py keep FOLDER                       keeps a run that is trained and tested
-    python hub/results.py                                   writes results/results.csv and the table in README.md
+    python hub/results.py                                   writes hub/results/results.csv, and hub/README.md's table
 """
 import argparse
 import csv

@@ -305,8 +305,6 @@ class _Handler(BaseHTTPRequestHandler):
 
     @_route('PUT', '/cdn/{repo_id}/{oid}')
     def lfs_upload(self, repo_id: str, oid: str) -> Answer:
-        if _sha256(self.body) != oid:
-            raise _Refusal(400, 'BadDigest')
         self.hub.repos[repo_id].objects[oid] = self.body
         return 200, {}, b''
 
