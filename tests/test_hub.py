@@ -222,7 +222,6 @@ def config(**changes):
 # contents of files that make a folder of no use, and what is said about it
 BROKEN = {
     'no-config': (lambda folder: {'config.json': None}, 'Config file not found'),
-    'json': (lambda folder: {'config.json': b'{'}, 'JSONDecodeError'),
     'truncated': (
         lambda folder: {'model.safetensors': (folder / 'model.safetensors').read_bytes()[:-9]}, 'SafetensorError'),
     'no-weights': (lambda folder: {'model.safetensors': None}, 'model.safetensors'),
