@@ -30,7 +30,7 @@ def main(args: Optional[List[str]] = None) -> int:
         parsed.rest = rest[1:] if rest[:1] == ['--'] else rest
     elif rest:
         parser.error(f'unrecognized arguments: {" ".join(rest)}')
-    signal.signal(signal.SIGTERM, _terminate)  # so that a command cleans up behind itself
+    previous = signal.signal(signal.SIGTERM, _terminate)  # so that a command cleans up behind itself
     try:
         module.run(parsed)
     except KeyboardInterrupt:
@@ -39,6 +39,8 @@ def main(args: Optional[List[str]] = None) -> int:
     except (OSError, RuntimeError, ValueError) as error:
         print(f'timm-awm: {error}', file=sys.stderr)
         return 1
+    finally:
+        signal.signal(signal.SIGTERM, previous)
     return 0
 
 
