@@ -61,6 +61,7 @@ def command(clean, monkeypatch):
     return command
 
 
+@pytest.mark.slow
 def test_script_runs_with_plugin_arguments_and_exit_status(clean):
     path = script(clean / 'clone' / 'validate.py')
     command = [sys.executable, '-m', 'timm_awm', 'validate', '--script', path, '-b', '2']

@@ -9,7 +9,7 @@ import timm.task
 import torch
 from PIL import Image
 from timm.data import create_transform, transforms_factory
-from timm.optim import create_optimizer_v2, list_optimizers
+from timm.optim import create_optimizer_v2
 from timm.task import ClassificationTask
 from torchvision.transforms.functional import pil_to_tensor
 
@@ -68,15 +68,6 @@ def test_pad4_refuses_a_timm_that_crops_in_another_place():
     with_pad4 = train_script._with_pad4(lambda *args, **kwargs: train_script.transforms.Compose([torch.nn.Identity()]))
     with pytest.raises(RuntimeError, match=f'timm {timm.__version__}, Identity.*tested with'):
         with_pad4(32, train_crop_mode='pad4')
-
-
-def test_the_optimizer_is_in_timms_registry():
-    assert 'alternating' in list_optimizers()
-    model = timm.create_model('awm_resnet14_cifar')
-    optimizer = create_optimizer_v2(
-        model, opt='alternating', lr=.1, momentum=.8, weight_decay=1e-4, base='sgd', period=2, filter_bias_and_bn=False)
-    for group in optimizer.param_groups:
-        assert (group['lr'], group['momentum'], group['weight_decay'], group['nesterov']) == (.1, .8, 1e-4, True)
 
 
 @pytest.mark.parametrize('module', [

@@ -14,6 +14,8 @@ import pytest
 import torch
 from timm.models import load_state_dict
 
+from timm_awm.scripts import find_recipe
+
 HERE = Path(__file__).parent
 TRAIN = os.environ.get('TIMM_TRAIN_SCRIPT', '')
 
@@ -138,9 +140,11 @@ def test_two_processes_train_like_one(data, tmp_path):
     # one update an epoch of all 64 images, so that their order does not matter, and no statistics over a batch
     args = ('--opt-kwargs', 'base=sgd', 'period=1', 'filter_bias_and_bn=False', '--epochs', 6, '--no-aug',
             '--model-kwargs', 'norm_layer=groupnorm1', '--grad-accum-steps', 2, '--clip-grad', .05)
-    train('cifar10_short/awm_resnet14_cifar', data, tmp_path, *args, '-b', 32)
+    recipe = tmp_path / 'float32.yaml'
+    recipe.write_text(find_recipe('cifar10_short/awm_resnet14_cifar').read_text().replace('amp: true', 'amp: false'))
+    train(recipe, data, tmp_path, *args, '-b', 32)
     log = train(
-        'cifar10_short/awm_resnet14_cifar', data, tmp_path, *args, '-b', 16, '--experiment', 'two',
+        recipe, data, tmp_path, *args, '-b', 16, '--experiment', 'two',
         '--device-modules', 'ddp_on_cpu', 'ranks_equal', front=TORCHRUN)
     assert log.stderr.count('timm-awm runs') == 1
     assert epochs(log.stderr) == [(str(i), 'bm'[i % 2]) for i in range(6)]
