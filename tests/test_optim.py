@@ -364,6 +364,20 @@ def test_copies_go_on_alike(kwargs):
         assert_equal(model, other)
 
 
+def test_loading_a_state_of_the_other_phase_loses_no_step():
+    model = net()
+    optimizer = alternating(model, base='sgd', period=1, lr=.1)
+    optimizer.set_epoch(0)
+    early = copy.deepcopy(optimizer.state_dict())
+    optimizer.set_epoch(1)
+    optimizer.load_state_dict(early)
+    before = copy.deepcopy(model)
+    loss_of(model, 0).backward()
+    optimizer.step()
+    assert not any(torch.equal(p, q) for p, q in zip(sides(model)['backbone'], sides(before)['backbone']))
+    assert all(torch.equal(p, q) for p, q in zip(sides(model)['merge'], sides(before)['merge']))
+
+
 @pytest.mark.parametrize('epoch', [-1, 1.5, '3', torch.tensor(1), None, True])
 def test_impossible_epochs_are_refused(epoch):
     optimizer = alternating(net(), base='sgd', period=1, lr=.1)

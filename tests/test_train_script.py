@@ -5,9 +5,12 @@ No wheel of timm contains its scripts: set TIMM_TRAIN_SCRIPT to the train.py of 
 import csv
 import json
 import os
+import random
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -151,6 +154,31 @@ def test_two_processes_train_like_one(data, tmp_path):
     assert log.stdout.count('equal after epoch') == 12
     one, two = (load_state_dict(str(tmp_path / name / 'last.pth.tar')) for name in ('run', 'two'))
     torch.testing.assert_close(two, one, rtol=1e-3, atol=1e-5)
+
+
+def assert_same_checkpoints(one, two, count, kills):
+    """State of the network and of the optimizer after every epoch, to the last bit.
+
+    A run that is killed between two names that timm gives a checkpoint goes on from it, and does not make up the other.
+    """
+    def assert_same(a, b, where):
+        if isinstance(a, torch.Tensor):
+            assert torch.equal(a, b), where
+        elif isinstance(a, dict):
+            assert list(a) == list(b), where
+            for key in a:
+                assert_same(a[key], b[key], f'{where}, {key}')
+        elif isinstance(a, list):
+            assert_same(dict(enumerate(a)), dict(enumerate(b)), where)
+        else:
+            assert a == b, where
+
+    saved = [epoch for epoch in range(count) if (two / f'checkpoint-{epoch}.pth.tar').exists()]
+    assert len(saved) >= count - kills and saved[-1] == count - 1
+    for epoch in saved:
+        a, b = (torch.load(folder / f'checkpoint-{epoch}.pth.tar', weights_only=False) for folder in (one, two))
+        for key in ('epoch', 'state_dict', 'optimizer'):
+            assert_same(a[key], b[key], f'epoch {epoch}, {key}')
 
 
 def workers(agent):
