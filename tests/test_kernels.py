@@ -114,6 +114,8 @@ def test_add_affine(shape, layout):
         _, args = call('add_affine_', grad, x, scale, shift)
         check(args[0], sum(terms), sum(t.abs() for t in terms), grad)
         assert unchanged(args[1:], [x, scale, shift])
+        _, args = call('add_affine_', grad, x, None, shift)
+        check(args[0], terms[0] + terms[2], terms[0].abs() + terms[2].abs(), grad)
 
 
 def reference(u, v, a, b, c, relu):
@@ -255,7 +257,7 @@ def test_triton_compiles_for_gpus_without_spills(capability, tmp_path):
         _moments_kernel=('x',), _add_affine_kernel=('grad', 'x'), _affine_act_kernel=('u', 'v', 'y'),
         _affine_act_backward_kernel=('grad', 'u', 'v', 'grad_u', 'grad_v'))
     whole = ('images', 'channels', 'pixels', 'stride_c', 'stride_p')
-    constants = dict(BLOCK_C=128, BLOCK_P=16, HAS_V=True, RELU=True, stride_c=1)
+    constants = dict(BLOCK_C=128, BLOCK_P=16, HAS_V=True, RELU=True, SCALED=True, stride_c=1)
     for name, of_maps in maps_of.items():
         kernel = getattr(kernels, name)
         constexprs = {k: v for k, v in constants.items() if k in kernel.arg_names}

@@ -177,8 +177,11 @@ class _Moments(Function):
         x, mean = ctx.saved_tensors
         pixels = x.shape[2] * x.shape[3]
         shift = grad_mean / pixels
-        scale = torch.zeros_like(shift) if grad_var is None else grad_var * (2 / pixels)
-        kernels.add_affine_(grad, x, scale, torch.addcmul(shift, scale, mean, value=-1))
+        if grad_var is None:
+            kernels.add_affine_(grad, x, None, shift)
+        else:
+            scale = grad_var * (2 / pixels)
+            kernels.add_affine_(grad, x, scale, torch.addcmul(shift, scale, mean, value=-1))
         return grad, None
 
 
@@ -209,6 +212,8 @@ class _AffineAct(Function):
 def moments(x: Tensor, with_var: bool) -> Tuple[Tensor, Tensor, Optional[Tensor]]:
     """The map, to be given to `affine_act` and to nobody else; mean and biased variance over the pixels of each
     image's channels, (batch, channels), the latter None if it is not asked for."""
+    if not torch.is_grad_enabled():
+        return x, *kernels.moments(x, with_var)
     x, mean, *var = _Moments.apply(x, with_var)
     return x, mean, var[0] if var else None
 
@@ -216,4 +221,4 @@ def moments(x: Tensor, with_var: bool) -> Tuple[Tensor, Tensor, Optional[Tensor]
 def affine_act(
         u: Tensor, v: Optional[Tensor], a: Tensor, b: Optional[Tensor], c: Tensor, relu: bool) -> Tensor:
     """As `kernels.affine_act`, differentiable. u and v are results of `moments`."""
-    return _AffineAct.apply(u, v, a, b, c, relu)
+    return (_AffineAct.apply if torch.is_grad_enabled() else kernels.affine_act)(u, v, a, b, c, relu)

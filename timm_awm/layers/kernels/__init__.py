@@ -21,7 +21,7 @@ _SCHEMAS = dict(
     affine_act='(Tensor u, Tensor? v, Tensor a, Tensor? b, Tensor c, bool relu) -> Tensor',
     affine_act_='(Tensor(a!) u, Tensor a, Tensor c, bool relu) -> ()',
     affine_act_backward='(Tensor grad, Tensor u, Tensor? v, Tensor a, Tensor? b, Tensor c, bool relu) -> Tensor[]',
-    add_affine_='(Tensor(a!) grad, Tensor x, Tensor scale, Tensor shift) -> ()',
+    add_affine_='(Tensor(a!) grad, Tensor x, Tensor? scale, Tensor shift) -> ()',
 )
 
 
@@ -84,14 +84,14 @@ def affine_act_backward(
     return grads[0], grads[1], sums[0], sums[2], sums[1]
 
 
-def add_affine_(grad: Tensor, x: Tensor, scale: Tensor, shift: Tensor) -> None:
+def add_affine_(grad: Tensor, x: Tensor, scale: Optional[Tensor], shift: Tensor) -> None:
     """grad += scale · x + shift.
 
     Args:
         grad: (batch, channels, height, width).
         x: In shape and dtype like grad.
-        scale: (batch, channels).
-        shift: Likewise.
+        scale: (batch, channels); None for 0, which leaves x unread.
+        shift: (batch, channels).
     """
     x, = _uniform(x)
     torch.ops.timm_awm.add_affine_(grad, x, *_dense(scale, shift))

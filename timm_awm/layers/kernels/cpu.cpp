@@ -147,15 +147,17 @@ static void moments(const Shape& s, const T* x, A* mean, A* var) {
     }
 }
 
-template <typename T, typename A>
+template <bool scaled, typename T, typename A>
 static void add_affine(const Shape& s, T* grad, const T* x, const A* scale, const A* shift) {
-    for_rows<2, 1, A>(s, {scale, shift}, {nullptr}, [=](Rows r, const A** in, A**) {
+    for_rows<2, 1, A>(s, {scaled ? scale : shift, shift}, {nullptr}, [=](Rows r, const A** in, A**) {
         const A *scale = in[0], *shift = in[1];
         T* grad_ = grad + r.offset;
-        const T* x_ = x + r.offset;
+        const T* x_ = scaled ? x + r.offset : grad_;
         for (int64_t row = 0; row < r.rows; ++row, grad_ += r.stride, x_ += r.stride) {
             #pragma omp simd
-            for (int64_t i = 0; i < r.lanes; ++i) grad_[i] = A(grad_[i]) + (scale[i] * A(x_[i]) + shift[i]);
+            for (int64_t i = 0; i < r.lanes; ++i) {
+                grad_[i] = A(grad_[i]) + (scaled ? scale[i] * A(x_[i]) + shift[i] : shift[i]);
+            }
         }
     });
 }
@@ -220,7 +222,8 @@ static void affine_act_backward(
         var ? moments<true>(s, x, mean, var) : moments<false>(s, x, mean, var);                                    \
     }                                                                                                              \
     extern "C" void add_affine_##name(SHAPE, T* grad, const T* x, const A* scale, const A* shift) {                \
-        add_affine<T, A>({N, C, P, last != 0, threads}, grad, x, scale, shift);                                    \
+        const Shape s{N, C, P, last != 0, threads};                                                                \
+        scale ? add_affine<true>(s, grad, x, scale, shift) : add_affine<false>(s, grad, x, scale, shift);          \
     }                                                                                                              \
     extern "C" void affine_act_##name(                                                                             \
             SHAPE, int relu, const T* u, const T* v, const A* a, const A* b, const A* c, T* y) {                   \

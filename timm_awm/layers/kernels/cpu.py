@@ -76,7 +76,7 @@ def affine_act_backward(
     return [*grads, sums]
 
 
-def add_affine_(grad: Tensor, x: Tensor, scale: Tensor, shift: Tensor) -> None:
+def add_affine_(grad: Tensor, x: Tensor, scale: Optional[Tensor], shift: Tensor) -> None:
     result = in_format_of(x, grad)
     _call('add_affine', x, result, x, scale, shift)
     if result is not grad:

@@ -75,16 +75,18 @@ def _moments_kernel(
 @triton.jit
 def _add_affine_kernel(
         grad, x, scale, shift, images, channels, pixels, stride_c, stride_p,
-        BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+        SCALED: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):
     channel, base, row = _program(channels, pixels, BLOCK_C)
     scale_row = tl.load(scale + row, mask=channel < channels, other=0.)[None, :]
     shift_row = tl.load(shift + row, mask=channel < channels, other=0.)[None, :]
     for first in range(0, pixels, BLOCK_P):
         offset, mask = _tile(first, pixels, channel, channels, stride_c, stride_p, BLOCK_P)
-        value = tl.load(x + base + offset, mask=mask, other=0.).to(tl.float32)
         g = tl.load(grad + base + offset, mask=mask, other=0.).to(tl.float32)
-        tl.store(grad + base + offset, g + (scale_row * value + shift_row), mask=mask)
+        added = shift_row
+        if SCALED:
+            added = scale_row * tl.load(x + base + offset, mask=mask, other=0.).to(tl.float32) + shift_row
+        tl.store(grad + base + offset, g + added, mask=mask)
 
 
 @triton.jit
@@ -204,10 +206,10 @@ def affine_act_backward(
     return [*grads, sums]
 
 
-def add_affine_(grad: Tensor, x: Tensor, scale: Tensor, shift: Tensor) -> None:
+def add_affine_(grad: Tensor, x: Tensor, scale: Optional[Tensor], shift: Tensor) -> None:
     grid, plan = _plan(x)
     result = in_format_of(x, grad)
     with _device(x):
-        _add_affine_kernel[grid](result, x, scale, shift, **plan)
+        _add_affine_kernel[grid](result, x, shift if scale is None else scale, shift, **plan, SCALED=scale is not None)
     if result is not grad:
         grad.copy_(result)
