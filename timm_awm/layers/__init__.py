@@ -7,5 +7,6 @@ from .merge import (
     fused_concat,
     fused_sum,
     merge_parameters,
+    renew_compiled_guards,
 )
 from .record import record_mixing_weights

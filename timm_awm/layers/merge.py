@@ -20,7 +20,8 @@ from . import kernels
 from .fused import affine_act, batch_norm_affine, can_fuse, moments, uses_batch_statistics
 
 __all__ = [
-    'MixingWeights', 'SumMerge', 'ConcatMerge', 'fused_sum', 'fused_concat', 'count_parameters', 'merge_parameters']
+    'MixingWeights', 'SumMerge', 'ConcatMerge', 'fused_sum', 'fused_concat', 'count_parameters', 'merge_parameters',
+    'renew_compiled_guards']
 
 # An optimizer is handed parameters, never the model: this is how it can tell which of them belong to a merge.
 _live: 'weakref.WeakSet[MixingWeights]' = weakref.WeakSet()
@@ -263,6 +264,16 @@ def fused_concat(merge: nn.Module, maps: List[Tensor], norm: Optional[nn.Module]
 def merge_parameters() -> List[nn.Parameter]:
     """The parameters of all merges that are alive in this process."""
     return [p for mix in list(_live) for p in mix.parameters()]
+
+
+def renew_compiled_guards() -> None:
+    """Makes compiled networks with merges look again at which parameters require gradients.
+
+    torch.compile trusts a module whose dict of parameters is the same. In torch 2.9 it does not see `requires_grad_`,
+    and would go on with the graph of the other phase; in 2.14 it does.
+    """
+    for mix in list(_live):
+        mix._parameters = dict(mix._parameters)
 
 
 def count_parameters(model: nn.Module) -> Tuple[int, int, int]:

@@ -12,7 +12,7 @@ from timm.optim import create_optimizer_v2, list_optimizers
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..layers import merge_parameters
+from ..layers import merge_parameters, renew_compiled_guards
 from ..models.builder import classifier_parameters
 from .schedule import BACKBONE, JOINT, MERGE, PhaseSchedule, require_int
 
@@ -175,6 +175,7 @@ class Alternating(Optimizer):
     def unfreeze(self) -> None:
         """Undo the freezing, after the training; `set_epoch` freezes again."""
         _thaw(self._frozen)
+        renew_compiled_guards()
 
     def step(self, closure: Optional[Callable[[], float]] = None) -> Optional[float]:  # type: ignore[override]
         if self.epoch is None and not any(
