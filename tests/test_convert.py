@@ -10,11 +10,9 @@ from timm.models.densenet import DenseBlock
 from timm.optim import create_optimizer_v2
 from torch import nn
 
-import timm_awm
 from timm_awm import convert
 from timm_awm.hub import load_folder, save_for_hub
-from timm_awm.layers import MixingWeights
-from timm_awm.models import AwmCifarResNet, AwmDenseNet, AwmResNet
+from timm_awm.models import AwmResNet
 
 # one of each kind of timm's networks that is small enough to run
 KINDS = [
@@ -104,17 +102,6 @@ def test_as_it_stands_in_training(name):
     optimizer.step()
     moved = {k for k in own if not torch.equal(before[k], own[k])}
     assert moved and all('.merge.' in k for k in moved)
-
-
-def test_width_of_the_hidden_layer():
-    model = convert(timm.create_model('resnet10t'), awm_hidden=5)
-    assert {len(m.weight1) for m in model.modules() if isinstance(m, MixingWeights)} == {5}
-
-
-def test_classes():
-    assert type(convert(timm.create_model('resnet18'))) is AwmResNet
-    assert type(convert(timm.create_model('densenet121'))) is AwmDenseNet
-    assert type(convert(timm.create_model('awm_resnet14_cifar', awm=False))) is AwmCifarResNet
 
 
 @pytest.mark.parametrize('make, message', [
@@ -248,7 +235,3 @@ def test_awm_converted_is_its_base_with_merges():
     for base in ('awm_resnet50', 'no_such_model'):
         with pytest.raises(ValueError, match=f"plain ResNet or DenseNet of timm, not '{base}'"):
             timm.create_model('awm_converted', base=base)
-
-
-def test_public_name():
-    assert timm_awm.convert is convert

@@ -226,18 +226,6 @@ def test_a_compiled_model_follows_the_phases(backend):
     torch._dynamo.reset()
 
 
-def test_gradients_from_before_the_freeze_are_dropped():
-    model = net()
-    optimizer = alternating(model, base='sgd', period=1, lr=.1)
-    loss_of(model, 0).backward()  # before anybody has said which epoch it is: gradients on both sides
-    before = copy.deepcopy(sides(model)['merge'])
-    optimizer.set_epoch(0)
-    for p in sides(model)['merge']:
-        p.grad = torch.ones_like(p)  # as DDP puts them there
-    optimizer.step()
-    assert all(torch.equal(p, q) for p, q in zip(sides(model)['merge'], before))
-
-
 def all_require_grad(model):
     return all(p.requires_grad for p in model.parameters())
 
@@ -253,22 +241,6 @@ def test_unfreeze():
     del optimizer
     gc.collect()
     assert all_require_grad(model)
-
-
-@pytest.mark.parametrize('kwargs, epochs, missing', [
-    (dict(period=1), 1, 'AWM merge'), (dict(period=1), 2, 'backbone'), (dict(train='merge'), 0, 'backbone')])
-def test_a_side_that_another_optimizer_has_frozen_is_missed(kwargs, epochs, missing):
-    model = net()
-    first = alternating(model, base='sgd', lr=.1, **kwargs)
-    train(model, first, epochs)
-    with pytest.raises(ValueError, match=rf'found no {missing}.*unfreeze\(\)'):
-        alternating(model, base='sgd', lr=.1, **kwargs)
-    first.unfreeze()
-    second = alternating(model, base='sgd', lr=.1, **kwargs)
-    second.set_epoch(1)
-    del first
-    gc.collect()
-    assert not any(p.requires_grad for p in sides(model)['backbone'])
 
 
 def test_what_the_user_froze_stays_frozen():
@@ -362,20 +334,6 @@ def test_copies_go_on_alike(kwargs):
         train(*args, 7, start=3)
     for other, _ in copies:
         assert_equal(model, other)
-
-
-def test_loading_a_state_of_the_other_phase_loses_no_step():
-    model = net()
-    optimizer = alternating(model, base='sgd', period=1, lr=.1)
-    optimizer.set_epoch(0)
-    early = copy.deepcopy(optimizer.state_dict())
-    optimizer.set_epoch(1)
-    optimizer.load_state_dict(early)
-    before = copy.deepcopy(model)
-    loss_of(model, 0).backward()
-    optimizer.step()
-    assert not any(torch.equal(p, q) for p, q in zip(sides(model)['backbone'], sides(before)['backbone']))
-    assert all(torch.equal(p, q) for p, q in zip(sides(model)['merge'], sides(before)['merge']))
 
 
 @pytest.mark.parametrize('epoch', [-1, 1.5, '3', torch.tensor(1), None, True])
