@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 
 struct bfloat16 {
@@ -36,19 +37,23 @@ struct Shape {
     int64_t index(int64_t n, int64_t c, int64_t p) const { return last ? (n * P + p) * C + c : (n * C + c) * P + p; }
 };
 
-constexpr int64_t LANES = 64;
+template <int64_t n>
+using Constant = std::integral_constant<int64_t, n>;
+
 constexpr int64_t BLOCK = 128;  // rows that are summed up by themselves, for errors grow with their number
 
-// Rows of lanes in a map, from an offset on.
+// Rows of lanes in a map, from an offset on. The compiler unrolls lanes that are a Constant.
+template <typename Lanes>
 struct Rows {
-    int64_t offset, rows, stride, lanes;
+    int64_t offset, rows, stride;
+    Lanes lanes;
 };
 
-template <int O, typename A, typename Body>
-static void in_blocks(const Rows& r, const A** in, A** out, const Body& body) {
+template <int O, typename A, typename Lanes, typename Body>
+static void in_blocks(const Rows<Lanes>& r, const A** in, A** out, const Body& body) {
     std::vector<A> totals(r.rows > BLOCK ? O * r.lanes : 0);
     for (int64_t row = 0; row < r.rows; row += BLOCK) {
-        body(Rows{r.offset + row * r.stride, std::min(BLOCK, r.rows - row), r.stride, r.lanes}, in, out);
+        body(Rows<Lanes>{r.offset + row * r.stride, std::min(BLOCK, r.rows - row), r.stride, r.lanes}, in, out);
         for (int o = 0; o < O && r.rows > BLOCK; ++o) {
             if (!out[o]) continue;
             A *sum = out[o], *total = totals.data() + o * r.lanes;
@@ -62,54 +67,64 @@ static void in_blocks(const Rows& r, const A** in, A** out, const Body& body) {
     }
 }
 
+// A row is several pixels of a few channels. Coefficients are repeated for each; lanes of the same channel are added up
+// in the end, in an order that no compiler and no choice of outputs changes.
+template <int CAP, int I, int O, typename A, typename Channels, typename Lanes, typename Body>
+static void in_packed_rows(
+        int64_t offset, int64_t pixels, Channels channels, Lanes lanes, const A* const (&inputs)[I],
+        A* const (&outputs)[O], int64_t coef, const Body& body) {
+    A spread[I][CAP], sums[O][CAP] = {};
+    const A* in[I];
+    A* out[O];
+    for (int i = 0; i < I; ++i) {
+        in[i] = spread[i];
+        for (int64_t lane = 0; lane < lanes; lane += channels) {
+            for (int64_t c = 0; c < channels; ++c) spread[i][lane + c] = inputs[i][coef + c];
+        }
+    }
+    for (int o = 0; o < O; ++o) out[o] = sums[o];
+    const int64_t rows = pixels * channels / lanes, rest = pixels * channels % lanes;
+    if (rows) in_blocks<O>(Rows<Lanes>{offset, rows, lanes, lanes}, in, out, body);
+    if (rest) body(Rows<int64_t>{offset + rows * lanes, 1, 0, rest}, in, out);
+    for (int o = 0; o < O; ++o) {
+        if (!outputs[o]) continue;
+        for (int64_t n = lanes / channels, half; n > 1; n -= half) {
+            half = n / 2;
+            const A* upper = sums[o] + (n - half) * channels;
+            #pragma omp simd
+            for (int64_t i = 0; i < half * channels; ++i) sums[o][i] += upper[i];
+        }
+        std::copy(sums[o], sums[o] + channels, outputs[o] + coef);
+    }
+}
+
 // Calls body(rows, coefficients, sums) for all of a map. Of every input and output, (N, C), body gets an array of as many
 // elements as a row has lanes, and adds to the outputs. Channels last, a row is a pixel and a lane a channel. But few
-// channels last, and the plane of a channel, are packed: their rows are up to LANES elements, their coefficients are
-// repeated, and lanes of the same channel are added up in the end, in an order that no compiler and no choice of outputs
-// changes.
+// channels last, and the plane of a channel, are packed.
 template <int I, int O, typename A, typename Body>
 static void for_rows(const Shape& s, const A* const (&inputs)[I], A* const (&outputs)[O], const Body& body) {
-    const int64_t packed = !s.last ? 1 : s.C <= LANES / 2 ? s.C : 0;  // channels in a packed row, repeated
     // an image at a time reads memory in order; fewer images than threads are cut into bands of channels
-    const int64_t width = packed ? packed : s.N < s.threads ? std::min(LANES, s.C) : s.C;
+    const bool packed = s.C <= 32;
+    const int64_t width = !s.last ? 1 : packed || s.N >= s.threads ? s.C : std::min<int64_t>(64, s.C);
     const int64_t bands = (s.C + width - 1) / width;
     #pragma omp parallel for collapse(2) num_threads(s.N * s.C * s.P < 32768 ? 1 : s.threads)
     for (int64_t n = 0; n < s.N; ++n) {
         for (int64_t band = 0; band < bands; ++band) {
             const int64_t c = band * width, offset = s.index(n, c, 0), coef = n * s.C + c;
-            const A* in[I];
-            A* out[O];
-            if (packed) {
-                A spread[I][LANES], sums[O][LANES] = {};
-                for (int i = 0; i < I; ++i) {
-                    if (packed == 1) std::fill(spread[i], spread[i] + LANES, inputs[i][coef]);
-                    else for (int64_t lane = 0; lane + packed <= LANES; lane += packed) {
-                        std::copy(inputs[i] + coef, inputs[i] + coef + packed, spread[i] + lane);
-                    }
-                    in[i] = spread[i];
-                }
-                for (int o = 0; o < O; ++o) out[o] = sums[o];
-                const int64_t lanes = LANES / packed * packed;
-                const int64_t whole = s.P * packed / lanes, rest = s.P * packed % lanes;
-                if (whole) in_blocks<O>(Rows{offset, whole, lanes, lanes}, in, out, body);
-                if (rest) body(Rows{offset + whole * lanes, 1, 0, rest}, in, out);
-                for (int o = 0; o < O; ++o) {
-                    for (int64_t n = LANES / packed, half; n > 1; n -= half) {
-                        half = n / 2;
-                        const A* upper = sums[o] + (n - half) * packed;
-                        #pragma omp simd
-                        for (int64_t i = 0; i < half * packed; ++i) sums[o][i] += upper[i];
-                    }
-                    if (outputs[o]) std::copy(sums[o], sums[o] + packed, outputs[o] + coef);
-                }
+            if (!s.last) {
+                in_packed_rows<16>(offset, s.P, Constant<1>{}, Constant<16>{}, inputs, outputs, coef, body);
+            } else if (packed) {
+                in_packed_rows<64>(offset, s.P, s.C, 64 / s.C * s.C, inputs, outputs, coef, body);
             } else {
                 const int64_t lanes = std::min(width, s.C - c);
+                const A* in[I];
+                A* out[O];
                 for (int i = 0; i < I; ++i) in[i] = inputs[i] + coef;
                 for (int o = 0; o < O; ++o) {
                     out[o] = outputs[o] ? outputs[o] + coef : nullptr;
                     if (out[o]) std::fill(out[o], out[o] + lanes, A(0));
                 }
-                in_blocks<O>(Rows{offset, s.P, s.C, lanes}, in, out, body);
+                in_blocks<O>(Rows<int64_t>{offset, s.P, s.C, lanes}, in, out, body);
             }
         }
     }
@@ -119,15 +134,18 @@ template <bool with_var, typename T, typename A>
 static void moments(const Shape& s, const T* x, A* mean, A* var) {
     // of deviations from something near the mean, for E[x²] - E[x]² loses all digits where the mean is large
     std::vector<A> shift(s.N * s.C);
-    const int64_t samples = std::min<int64_t>(8, s.P);
-    for (int64_t n = 0; n < s.N; ++n) {
-        for (int64_t k = 0; k < samples; ++k) {
-            for (int64_t c = 0; c < s.C; ++c) {
-                shift[n * s.C + c] += A(x[s.index(n, c, (2 * k + 1) * s.P / (2 * samples))]) / samples;
+    if (with_var) {
+        const int64_t samples = std::min<int64_t>(8, s.P);
+        #pragma omp parallel for num_threads(s.N * s.C * s.P < 32768 ? 1 : s.threads)
+        for (int64_t n = 0; n < s.N; ++n) {
+            for (int64_t k = 0; k < samples; ++k) {
+                for (int64_t c = 0; c < s.C; ++c) {
+                    shift[n * s.C + c] += A(x[s.index(n, c, (2 * k + 1) * s.P / (2 * samples))]) / samples;
+                }
             }
         }
     }
-    for_rows<1, 2, A>(s, {shift.data()}, {mean, with_var ? var : nullptr}, [=](Rows r, const A** in, A** out) {
+    for_rows<1, 2, A>(s, {shift.data()}, {mean, with_var ? var : nullptr}, [=](auto r, const A** in, A** out) {
         const A* shift = in[0];
         A *sum = out[0], *squares = out[1];
         const T* x_ = x + r.offset;
@@ -149,7 +167,7 @@ static void moments(const Shape& s, const T* x, A* mean, A* var) {
 
 template <bool scaled, typename T, typename A>
 static void add_affine(const Shape& s, T* grad, const T* x, const A* scale, const A* shift) {
-    for_rows<2, 1, A>(s, {scaled ? scale : shift, shift}, {nullptr}, [=](Rows r, const A** in, A**) {
+    for_rows<2, 1, A>(s, {scaled ? scale : shift, shift}, {nullptr}, [=](auto r, const A** in, A**) {
         const A *scale = in[0], *shift = in[1];
         T* grad_ = grad + r.offset;
         const T* x_ = scaled ? x + r.offset : grad_;
@@ -168,7 +186,7 @@ static inline A affine(A a, A u, A b, A v, A c) { return two ? a * u + (b * v + 
 
 template <bool two, bool relu, typename T, typename A>
 static void affine_act(const Shape& s, const T* u, const T* v, const A* a, const A* b, const A* c, T* y) {
-    for_rows<3, 1, A>(s, {a, two ? b : a, c}, {nullptr}, [=](Rows r, const A** in, A**) {
+    for_rows<3, 1, A>(s, {a, two ? b : a, c}, {nullptr}, [=](auto r, const A** in, A**) {
         const A *a = in[0], *b = in[1], *c = in[2];
         const T *u_ = u + r.offset, *v_ = two ? v + r.offset : u_;
         T* y_ = y + r.offset;
@@ -187,7 +205,7 @@ static void affine_act_backward(
         const Shape& s, const T* grad, const T* u, const T* v, const A* a, const A* b, const A* c,
         T* grad_u, T* grad_v, A* grad_a, A* grad_b, A* grad_c) {
     for_rows<3, 3, A>(
-            s, {a, two ? b : a, c}, {grad_a, two ? grad_b : nullptr, grad_c}, [=](Rows r, const A** in, A** out) {
+            s, {a, two ? b : a, c}, {grad_a, two ? grad_b : nullptr, grad_c}, [=](auto r, const A** in, A** out) {
         const A *a = in[0], *b = in[1], *c = in[2];
         A *sum_a = out[0], *sum_b = out[1], *sum_c = out[2];
         const T *grad_ = grad + r.offset, *u_ = u + r.offset, *v_ = two ? v + r.offset : u_;
