@@ -19,7 +19,7 @@ from timm_awm.layers import (
     record_mixing_weights,
     set_fused_merge,
 )
-from timm_awm.layers.merge import channel_mean, scaled_mixing_weights
+from timm_awm.layers.mixing import channel_mean, scaled_mixing_weights
 
 
 def reference_lambda(mix: MixingWeights, maps: list) -> Tensor:

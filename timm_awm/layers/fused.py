@@ -15,7 +15,7 @@ from torch.nn.modules import module as torch_module
 
 from . import kernels
 
-__all__ = ['set_fused_merge', 'can_fuse', 'moments', 'affine_act', 'batch_norm_affine']
+__all__ = ['set_fused_merge', 'can_fuse', 'fused_merge']
 
 _start = os.environ.get('TIMM_AWM_FUSED', '1')
 if _start not in ('0', '1', '2'):
@@ -92,29 +92,6 @@ def uses_batch_statistics(norm: Optional[nn.BatchNorm2d]) -> bool:
     return norm is not None and (norm.training or norm.running_mean is None)
 
 
-def batch_norm_affine(
-        norm: nn.BatchNorm2d, mean: Tensor, var: Optional[Tensor], pixels: int) -> Tuple[Tensor, Tensor]:
-    """A BatchNorm as k · x + s. Updates its running statistics as torch does.
-
-    Args:
-        norm: With weight and bias.
-        mean: Of x over pixels, (batch, channels).
-        var: The biased variance, of the same shape; None for the running statistics.
-        pixels: Height times width of x.
-
-    Returns:
-        k and s, (channels,).
-    """
-    if var is None:
-        mu, sigma2 = norm.running_mean, norm.running_var
-    else:
-        mu = mean.mean(0)
-        sigma2 = (var + (mean - mu).square()).mean(0)
-        _update_running(norm, mu.detach(), sigma2.detach(), len(mean) * pixels)
-    k = norm.weight * (sigma2 + norm.eps).rsqrt()
-    return k, norm.bias - mu * k
-
-
 def _update_running(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor, count: int) -> None:
     if not norm.training or not norm.track_running_stats or norm.running_mean is None:
         return
@@ -125,100 +102,100 @@ def _update_running(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor, count: int)
     norm.running_var.lerp_(var * (count / (count - 1)), momentum)
 
 
-def _twice_differentiable(plain: Callable[..., Tuple[Tensor, ...]]) -> Callable[[Callable], Callable]:
-    """A backward pass that is itself differentiated (create_graph=True) is autograd's, of the plain formula.
+def _plain(
+        u: Tensor, v: Optional[Tensor], weight1: Tensor, weight2: Tensor, gamma: Tensor, beta: Tensor,
+        running_mean: Optional[Tensor], running_var: Optional[Tensor], eps: float, channels: Sequence[int], relu: bool,
+) -> Tensor:
+    from .kernels import formula
 
-    plain takes what the function took: the tensors that were saved first, and ctx.flag.
-    """
-    def wrap(backward: Callable) -> Callable:
-        @functools.wraps(backward)
-        def wrapper(ctx: Any, *grads: Tensor) -> Tuple[Optional[Tensor], ...]:
-            if not torch.is_grad_enabled() or torch.compiler.is_compiling():
-                return backward(ctx, *grads)
-            needed = ctx.needs_input_grad[:-1]
-            # aliases, for one input may be computed from another
-            inputs: List[Any] = [x if x is None else x.view_as(x) for x in ctx.saved_tensors[:len(needed)]]
-            outputs = plain(*inputs, ctx.flag)
-            results: Any = iter(torch.autograd.grad(
-                outputs, [x for x, need in zip(inputs, needed) if need], grads[:len(outputs)], create_graph=True,
-                allow_unused=True))
-            return *(next(results) if need else None for need in needed), None
-        return wrapper
-    return wrap
+    def moments(x: Tensor) -> Tuple[Tensor, Tensor]:
+        return torch.var_mean(x.to(weight1.dtype), (2, 3), correction=0)
 
-
-def _wide(x: Tensor) -> Tensor:
-    return x[:, :, None, None]
-
-
-def _plain_moments(x: Tensor, with_var: bool) -> Tuple[Tensor, ...]:
-    var, mean = torch.var_mean(x.to(torch.promote_types(x.dtype, torch.float32)), (2, 3), correction=0)
-    return (x.view_as(x), mean, var) if with_var else (x.view_as(x), mean)
-
-
-class _Moments(Function):
-    """The map itself, its mean and its variance. The map is returned so that its gradient waits for theirs, which are
-    added in place: that gradient is a new tensor of `_AffineAct`, and nobody else holds it."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, with_var: bool) -> Tuple[Tensor, ...]:
-        mean, var = kernels.moments(x, with_var)
-        ctx.flag = with_var
-        ctx.save_for_backward(x, mean)
-        return (x.view_as(x), mean) if var is None else (x.view_as(x), mean, var)
-
-    @staticmethod
-    @_twice_differentiable(_plain_moments)
-    def backward(
-            ctx: Any, grad: Tensor, grad_mean: Tensor, grad_var: Optional[Tensor] = None,
-    ) -> Tuple[Optional[Tensor], None]:
-        if not ctx.needs_input_grad[0]:
-            return None, None
-        x, mean = ctx.saved_tensors
-        pixels = x.shape[2] * x.shape[3]
-        shift = grad_mean / pixels
-        if grad_var is None:
-            kernels.add_affine_(grad, x, None, shift)
-        else:
-            scale = grad_var * (2 / pixels)
-            kernels.add_affine_(grad, x, scale, torch.addcmul(shift, scale, mean, value=-1))
-        return grad, None
-
-
-def _plain_affine_act(
-        u: Tensor, v: Optional[Tensor], a: Tensor, b: Optional[Tensor], c: Tensor, relu: bool) -> Tuple[Tensor]:
-    y = _wide(a) * u + _wide(c)
-    if v is not None and b is not None:
-        y = y + _wide(b) * v
+    var, mean = moments(u)
+    other = None if v is None else moments(v)[1]
+    (a, c, *b), _ = formula.coefficients(
+        mean, var, other, weight1, weight2, gamma, beta, running_mean, running_var, eps, channels)
+    y = a[:, :, None, None] * u + c[:, :, None, None]
+    if v is not None:
+        y = y + b[0][:, :, None, None] * v
     y = y.to(u.dtype)
-    return y.relu() if relu else y,
+    return y.relu() if relu else y
 
 
-class _AffineAct(Function):
+def _coefficients(u: Tensor, v: Optional[Tensor], *inputs: Any) -> Tuple[Any, ...]:
+    """a, b and c of affine_act; the mean and variance that BatchNorm uses; the moments of the maps."""
+    mean, var = kernels.moments(u, inputs[4] is None)
+    other = None if v is None else kernels.moments(v, False)[0]
+    (a, c, *b), stats = kernels.coefficients(mean, var, other, *inputs)
+    return a, b[0] if b else None, c, stats, mean, var, other
+
+
+class _FusedMerge(Function):
+    """act(a · u + b · v + c), and the mean and variance that BatchNorm uses."""
+
     @staticmethod
-    def forward(
-            ctx: Any, u: Tensor, v: Optional[Tensor], a: Tensor, b: Optional[Tensor], c: Tensor, relu: bool) -> Tensor:
-        ctx.flag = relu
-        ctx.save_for_backward(u, v, a, b, c)
-        return kernels.affine_act(u, v, a, b, c, relu)
+    def forward(ctx: Any, u: Tensor, v: Optional[Tensor], *args: Any) -> Tuple[Tensor, Tensor]:
+        *inputs, relu = args
+        a, b, c, stats, *of_maps = _coefficients(u, v, *inputs)
+        ctx.options = args[-3:]
+        ctx.save_for_backward(u, v, *args[:-3], a, b, c, *of_maps)
+        ctx.mark_non_differentiable(stats)
+        return kernels.affine_act(u, v, a, b, c, relu), stats
 
     @staticmethod
-    @_twice_differentiable(_plain_affine_act)
-    def backward(ctx: Any, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
-        u, v, a, b, c = ctx.saved_tensors
-        return *kernels.affine_act_backward(grad, u, v, a, b, c, ctx.flag), None
+    def backward(ctx: Any, grad: Tensor, _: Any) -> Tuple[Optional[Tensor], ...]:
+        u, v, *inputs, a, b, c, mean, var, other = ctx.saved_tensors
+        eps, channels, relu = ctx.options
+        needed = ctx.needs_input_grad
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            # it is itself differentiated (create_graph=True): autograd's, of the plain formula. The inputs are aliases,
+            # for one may be computed from another
+            aliases = [x if x is None else x.view_as(x) for x in (u, v, *inputs)]
+            results = iter(torch.autograd.grad(
+                _plain(*aliases, eps, channels, relu), [x for x, need in zip(aliases, needed) if need], grad,
+                create_graph=True, allow_unused=True))
+            return tuple(next(results) if need else None for need in needed)
+        sums = kernels.affine_act_sums(grad, u, v, a, b, c, relu)
+        (scale, shift, *shift_v), *grads = kernels.coefficients_backward(
+            sums, u.shape[2] * u.shape[3], mean, var, other, *inputs, eps, channels)
+        of_maps: Tuple[Optional[Tensor], ...] = (None, None)
+        if needed[0] or needed[1]:
+            of_maps = kernels.affine_act_grads(
+                grad, u, v, a, b, c, scale, shift, shift_v[0] if shift_v else None, relu)
+        return *(x if need else None for x, need in zip((*of_maps, *grads), needed)), *5 * [None]
 
 
-def moments(x: Tensor, with_var: bool) -> Tuple[Tensor, Tensor, Optional[Tensor]]:
-    """The map, to be given to `affine_act` and to nobody else; mean and biased variance over the pixels of each
-    image's channels, (batch, channels), the latter None if it is not asked for."""
-    if not torch.is_grad_enabled():
-        return x, *kernels.moments(x, with_var)
-    x, mean, *var = _Moments.apply(x, with_var)
-    return x, mean, var[0] if var else None
+def fused_merge(
+        u: Tensor, v: Optional[Tensor], mix: Any, norm: Optional[nn.BatchNorm2d], channels: Sequence[int], relu: bool,
+) -> Tensor:
+    """A merge that `can_fuse` allowed: of u and v, or of the maps that u, a new tensor, holds.
 
-
-def affine_act(
-        u: Tensor, v: Optional[Tensor], a: Tensor, b: Optional[Tensor], c: Tensor, relu: bool) -> Tensor:
-    """As `kernels.affine_act`, differentiable. u and v are results of `moments`."""
-    return (_AffineAct.apply if torch.is_grad_enabled() else kernels.affine_act)(u, v, a, b, c, relu)
+    Args:
+        u: (batch, channels, height, width).
+        v: Of the same shape; None for a concatenation.
+        mix: `MixingWeights`.
+        norm: Of u in a sum, of what was merged in a concatenation; None for none.
+        channels: Of each path.
+        relu: Whether a ReLU comes last.
+    """
+    dtype = torch.float64 if u.dtype == torch.float64 else torch.float32
+    weights = mix.weight1.to(dtype), mix.weight2.to(dtype)
+    if norm is None:
+        gamma = torch.ones(u.shape[1], dtype=dtype, device=u.device)
+        args = *weights, gamma, 0 * gamma, 0 * gamma, 1 * gamma, 0., channels  # the identity; torch.compile wants four
+    else:
+        batch = uses_batch_statistics(norm)
+        running = (None, None) if batch else (norm.running_mean, norm.running_var)
+        args = *weights, norm.weight, norm.bias, *running, norm.eps, channels
+    if torch.is_grad_enabled():
+        y, stats = _FusedMerge.apply(u, v, *args, relu)
+    else:
+        a, b, c, stats, *_ = _coefficients(u, v, *args)
+        if v is None:
+            kernels.affine_act_(u, a, c, relu)
+            y = u
+        else:
+            y = kernels.affine_act(u, v, a, b, c, relu)
+    if norm is not None:
+        _update_running(norm, stats[0], stats[1], len(u) * u.shape[2] * u.shape[3])
+    return y

@@ -6,7 +6,7 @@ import torch
 from timm.utils import unwrap_model
 from torch import Tensor, nn
 
-from .merge import MixingWeights
+from .mixing import MixingWeights
 
 __all__ = ['record_mixing_weights']
 

@@ -1,5 +1,7 @@
 """The kernels of the fused merges. Each reads its maps once and writes its results once.
 
+Between two that read maps stand the coefficients, on tensors of (batch, channels).
+
 A map is (batch, channels, height, width), contiguous or channels-last; the maps of a call have one shape, dtype and
 device, and are brought into the memory format of the first. Coefficients and sums are (batch, channels), float32
 (float64 for float64 maps). The kernels compute in that type, and round a map once, to its own. None knows autograd.
@@ -8,20 +10,29 @@ Each kernel is an operator of `torch.library`, with an implementation in C++ (`c
 """
 import importlib
 from importlib.util import find_spec
-from typing import Any, Callable, Dict, List, Optional, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
 
-__all__ = ['is_available', 'moments', 'affine_act', 'affine_act_', 'affine_act_backward', 'add_affine_']
+__all__ = [
+    'is_available', 'moments', 'affine_act', 'affine_act_', 'affine_act_sums', 'affine_act_grads', 'coefficients',
+    'coefficients_backward']
 
 _HAS_TRITON = torch.version.cuda is not None and find_spec('triton') is not None
+_MERGE = (
+    'Tensor mean, Tensor? var, Tensor? other, Tensor weight1, Tensor weight2, Tensor gamma, Tensor beta, '
+    'Tensor? running_mean, Tensor? running_var, float eps, int[] channels')
 _SCHEMAS = dict(
     moments='(Tensor x, bool with_var) -> Tensor',
     affine_act='(Tensor u, Tensor? v, Tensor a, Tensor? b, Tensor c, bool relu) -> Tensor',
     affine_act_='(Tensor(a!) u, Tensor a, Tensor c, bool relu) -> ()',
-    affine_act_backward='(Tensor grad, Tensor u, Tensor? v, Tensor a, Tensor? b, Tensor c, bool relu) -> Tensor[]',
-    add_affine_='(Tensor(a!) grad, Tensor x, Tensor? scale, Tensor shift) -> ()',
+    affine_act_sums='(Tensor grad, Tensor u, Tensor? v, Tensor a, Tensor? b, Tensor c, bool relu) -> Tensor',
+    affine_act_grads=(
+        '(Tensor grad, Tensor u, Tensor? v, Tensor a, Tensor? b, Tensor c, Tensor scale, Tensor shift, Tensor? shift_v, '
+        'bool relu) -> Tensor[]'),
+    coefficients=f'({_MERGE}) -> Tensor[]',
+    coefficients_backward=f'(Tensor grads, int pixels, {_MERGE}) -> Tensor[]',
 )
 
 
@@ -65,36 +76,80 @@ def affine_act_(u: Tensor, a: Tensor, c: Tensor, relu: bool) -> None:
     torch.ops.timm_awm.affine_act_(u, *_dense(a, c), relu)
 
 
-def affine_act_backward(
-        grad: Tensor, u: Tensor, v: Optional[Tensor], a: Tensor, b: Optional[Tensor], c: Tensor, relu: bool,
-) -> Tuple[Tensor, Optional[Tensor], Tensor, Optional[Tensor], Tensor]:
-    """The gradients of `affine_act` with respect to u, v, a, b and c.
+def affine_act_sums(
+        grad: Tensor, u: Tensor, v: Optional[Tensor], a: Tensor, b: Optional[Tensor], c: Tensor, relu: bool) -> Tensor:
+    """The gradients of `affine_act` with respect to a, c and b, (3, batch, channels); (2, ...) without v.
 
     Args:
         grad: Gradient of y, (batch, channels, height, width).
         u: The arguments of affine_act, as are v, a, b, c and relu.
-
-    Returns:
-        The five, each in shape and dtype like what it is the gradient of; None for v and b if there are none.
     """
     u, v = _uniform(u, v)
-    *grads, sums = torch.ops.timm_awm.affine_act_backward(grad, u, v, *_dense(a, b, c), relu)
-    if v is None:
-        return grads[0], None, sums[0], None, sums[1]
-    return grads[0], grads[1], sums[0], sums[2], sums[1]
+    return torch.ops.timm_awm.affine_act_sums(grad, u, v, *_dense(a, b, c), relu)
 
 
-def add_affine_(grad: Tensor, x: Tensor, scale: Optional[Tensor], shift: Tensor) -> None:
-    """grad += scale · x + shift.
+def affine_act_grads(
+        grad: Tensor, u: Tensor, v: Optional[Tensor], a: Tensor, b: Optional[Tensor], c: Tensor, scale: Tensor,
+        shift: Tensor, shift_v: Optional[Tensor], relu: bool,
+) -> Tuple[Tensor, Optional[Tensor]]:
+    """a · ḡ + scale · u + shift and b · ḡ + shift_v, where ḡ is the gradient of what the activation takes.
 
     Args:
-        grad: (batch, channels, height, width).
-        x: In shape and dtype like grad.
-        scale: (batch, channels); None for 0, which leaves x unread.
-        shift: (batch, channels).
+        grad: Gradient of y, (batch, channels, height, width).
+        u: The arguments of affine_act, as are v, a, b, c and relu.
+        scale: (batch, channels), as shift and shift_v are.
+
+    Returns:
+        Two maps like u, the second None if v is.
     """
-    x, = _uniform(x)
-    torch.ops.timm_awm.add_affine_(grad, x, *_dense(scale, shift))
+    u, v = _uniform(u, v)
+    grad_u, *grad_v = torch.ops.timm_awm.affine_act_grads(grad, u, v, *_dense(a, b, c, scale, shift, shift_v), relu)
+    return grad_u, grad_v[0] if grad_v else None
+
+
+def coefficients(
+        mean: Tensor, var: Optional[Tensor], other: Optional[Tensor], weight1: Tensor, weight2: Tensor, gamma: Tensor,
+        beta: Tensor, running_mean: Optional[Tensor], running_var: Optional[Tensor], eps: float, channels: Sequence[int],
+) -> Tuple[Tensor, Tensor, Optional[Tensor], Tensor]:
+    """From the moments of a merge's paths to the coefficients of `affine_act`.
+
+    A sum normalises u and merges it with v, a concatenation merges the maps that u holds and normalises the result.
+
+    Args:
+        mean: Of u, (batch, channels of u), as var and other are.
+        var: Of u; None if BatchNorm uses its running statistics.
+        other: The mean of v; None in a concatenation.
+        weight1: W1, (hidden, features).
+        weight2: W2, (paths, hidden).
+        gamma: BatchNorm's weight, (channels of u,), as beta and the running statistics are.
+        beta: Its bias.
+        running_mean: None if BatchNorm uses the batch's statistics.
+        running_var: Likewise.
+        eps: BatchNorm's.
+        channels: Of each path.
+
+    Returns:
+        a, c and b, (3, batch, channels of u), (2, ...) in a concatenation; the mean and the variance that BatchNorm
+        uses, (2, channels of u).
+    """
+    return torch.ops.timm_awm.coefficients(
+        mean, var, other, *_dense(weight1, weight2, gamma, beta, running_mean, running_var), eps, channels)
+
+
+def coefficients_backward(grads: Tensor, pixels: int, *args: Any) -> List[Tensor]:
+    """The gradients of `coefficients`, as the maps and the parameters see them.
+
+    Args:
+        grads: Of a, c and b, as `affine_act_sums` gives them.
+        pixels: Height times width of the maps.
+        args: The arguments of `coefficients`.
+
+    Returns:
+        scale, shift and shift_v of `affine_act_grads`, (3, batch, channels of u), (2, ...) in a concatenation; the
+        gradients of weight1, weight2, gamma and beta.
+    """
+    *tensors, eps, channels = args
+    return torch.ops.timm_awm.coefficients_backward(grads, pixels, *_dense(*tensors), eps, channels)
 
 
 def sums_like(x: Tensor, n: int) -> Tensor:
@@ -117,19 +172,15 @@ def _dense(*coefficients: Optional[Tensor]) -> Tuple[Any, ...]:
     return tuple([x if x is None else x.contiguous() for x in coefficients])
 
 
-def _fake_backward(
-        grad: Tensor, u: Tensor, v: Optional[Tensor], a: Tensor, b: Optional[Tensor], c: Tensor, relu: bool,
-) -> List[Tensor]:
-    maps = [u] if v is None else [u, v]
-    return [*(torch.empty_like(x) for x in maps), sums_like(u, 1 + len(maps))]
-
-
 _FAKES: Dict[str, Callable[..., Any]] = dict(
     moments=lambda x, with_var: sums_like(x, 1 + with_var),
     affine_act=lambda u, v, a, b, c, relu: torch.empty_like(u),
     affine_act_=lambda u, a, c, relu: None,
-    affine_act_backward=_fake_backward,
-    add_affine_=lambda grad, x, scale, shift: None,
+    affine_act_sums=lambda grad, u, v, *_: sums_like(u, 2 if v is None else 3),
+    affine_act_grads=lambda grad, u, v, *_: [torch.empty_like(x) for x in (u, v) if x is not None],
+    coefficients=lambda mean, var, other, *_: [
+        sums_like(mean, 2 if other is None else 3), mean.new_empty(2, mean.shape[1])],
+    coefficients_backward=lambda grads, pixels, *args: [torch.empty_like(x) for x in (grads, *args[3:7])],
 )
 
 
@@ -145,4 +196,4 @@ for _name, _schema in _SCHEMAS.items():
     torch.library.define(f'timm_awm::{_name}', _schema)
     torch.library.register_fake(f'timm_awm::{_name}', _FAKES[_name])
     _register(_name, 'cpu', '.cpu')
-    _register(_name, 'cuda', '.triton')
+    _register(_name, 'cuda', '.formula' if _name.startswith('coefficients') else '.triton')

@@ -6,6 +6,7 @@
 #pragma GCC optimize("tree-loop-vectorize")  // torch.compile, which vectorises by itself, switches it off
 #endif
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
@@ -32,7 +33,7 @@ struct bfloat16 {
 struct Shape {
     int64_t N, C, P;
     bool last;  // channels last, else contiguous
-    int threads;
+    int64_t threads;
 
     int64_t index(int64_t n, int64_t c, int64_t p) const { return last ? (n * P + p) * C + c : (n * C + c) * P + p; }
 };
@@ -165,21 +166,6 @@ static void moments(const Shape& s, const T* x, A* mean, A* var) {
     }
 }
 
-template <bool scaled, typename T, typename A>
-static void add_affine(const Shape& s, T* grad, const T* x, const A* scale, const A* shift) {
-    for_rows<2, 1, A>(s, {scaled ? scale : shift, shift}, {nullptr}, [=](auto r, const A** in, A**) {
-        const A *scale = in[0], *shift = in[1];
-        T* grad_ = grad + r.offset;
-        const T* x_ = scaled ? x + r.offset : grad_;
-        for (int64_t row = 0; row < r.rows; ++row, grad_ += r.stride, x_ += r.stride) {
-            #pragma omp simd
-            for (int64_t i = 0; i < r.lanes; ++i) {
-                grad_[i] = A(grad_[i]) + (scaled ? scale[i] * A(x_[i]) + shift[i] : shift[i]);
-            }
-        }
-    });
-}
-
 // The same expression forward and backward, so that both agree on where the ReLU is active.
 template <bool two, typename A>
 static inline A affine(A a, A u, A b, A v, A c) { return two ? a * u + (b * v + c) : a * u + c; }
@@ -201,16 +187,15 @@ static void affine_act(const Shape& s, const T* u, const T* v, const A* a, const
 }
 
 template <bool two, bool relu, typename T, typename A>
-static void affine_act_backward(
+static void affine_act_sums(
         const Shape& s, const T* grad, const T* u, const T* v, const A* a, const A* b, const A* c,
-        T* grad_u, T* grad_v, A* grad_a, A* grad_b, A* grad_c) {
+        A* grad_a, A* grad_b, A* grad_c) {
     for_rows<3, 3, A>(
             s, {a, two ? b : a, c}, {grad_a, two ? grad_b : nullptr, grad_c}, [=](auto r, const A** in, A** out) {
         const A *a = in[0], *b = in[1], *c = in[2];
         A *sum_a = out[0], *sum_b = out[1], *sum_c = out[2];
         const T *grad_ = grad + r.offset, *u_ = u + r.offset, *v_ = two ? v + r.offset : u_;
-        T *grad_u_ = grad_u + r.offset, *grad_v_ = two ? grad_v + r.offset : nullptr;
-        for (int64_t row = 0; row < r.rows; ++row) {
+        for (int64_t row = 0; row < r.rows; ++row, grad_ += r.stride, u_ += r.stride, v_ += r.stride) {
             #pragma omp simd
             for (int64_t i = 0; i < r.lanes; ++i) {
                 const A t = affine<two>(a[i], A(u_[i]), b[i], A(v_[i]), c[i]);
@@ -218,8 +203,27 @@ static void affine_act_backward(
                 sum_a[i] += g * A(u_[i]);
                 if (two) sum_b[i] += g * A(v_[i]);
                 sum_c[i] += g;
-                grad_u_[i] = a[i] * g;
-                if (two) grad_v_[i] = b[i] * g;
+            }
+        }
+    });
+}
+
+template <bool two, bool relu, typename T, typename A>
+static void affine_act_grads(
+        const Shape& s, const T* grad, const T* u, const T* v, const A* a, const A* b, const A* c,
+        const A* scale, const A* shift, const A* shift_v, T* grad_u, T* grad_v) {
+    for_rows<6, 1, A>(
+            s, {a, two ? b : a, c, scale, shift, two ? shift_v : a}, {nullptr}, [=](auto r, const A** in, A**) {
+        const A *a = in[0], *b = in[1], *c = in[2], *scale = in[3], *shift = in[4], *shift_v = in[5];
+        const T *grad_ = grad + r.offset, *u_ = u + r.offset, *v_ = two ? v + r.offset : u_;
+        T *grad_u_ = grad_u + r.offset, *grad_v_ = two ? grad_v + r.offset : nullptr;
+        for (int64_t row = 0; row < r.rows; ++row) {
+            #pragma omp simd
+            for (int64_t i = 0; i < r.lanes; ++i) {
+                const A t = affine<two>(a[i], A(u_[i]), b[i], A(v_[i]), c[i]);
+                const A g = relu && t <= 0 ? A(0) : A(grad_[i]);
+                grad_u_[i] = a[i] * g + (scale[i] * A(u_[i]) + shift[i]);
+                if (two) grad_v_[i] = b[i] * g + shift_v[i];
             }
             grad_ += r.stride, u_ += r.stride, v_ += r.stride, grad_u_ += r.stride;
             if (two) grad_v_ += r.stride;
@@ -227,7 +231,195 @@ static void affine_act_backward(
     });
 }
 
-#define SHAPE int64_t N, int64_t C, int64_t P, int last, int threads
+// What lies between moments and affine_act: docs/method.md. Arrays are (N, C), (N, D) and so on.
+template <typename A>
+struct Coefficients {
+    int64_t N, C, D, E, K;  // images, channels of u and of all paths, hidden features, paths
+    int64_t threads;
+    A eps;
+    const int64_t* channels;  // of each path
+    const A *mean, *var, *other, *w1, *w2, *gamma, *beta, *running_mean, *running_var;
+
+    using Array = std::vector<A>;
+    Array mu = Array(C), sigma2 = Array(C), k = Array(C), s = Array(C);  // BatchNorm is k·x + s
+    Array z = Array(N * D), h = Array(N * E), scale = Array(N * K), slope = Array(N * K);  // slope: of log σ
+    Array w = Array(N * C);  // of u's channels, the scale of their path
+    Array weighed_mean = Array(other ? 0 : N * C), weighed_var = Array(other || !var ? 0 : N * C);
+
+    bool is_small() const { return N * D * E < 65536; }
+
+    template <typename Body>
+    void for_all(const Body& body) const {
+        for (int64_t n = 0; n < N; ++n) {
+            #pragma omp simd
+            for (int64_t c = 0; c < C; ++c) body(n, c, n * C + c);
+        }
+    }
+
+    template <typename Body>
+    void for_paths(const Body& body) const {  // of u
+        for (int64_t n = 0; n < N; ++n) {
+            for (int64_t path = 0, i = n * C; i < (n + 1) * C; i += channels[path++]) {
+                body(n * K + path, i, i + channels[path]);
+            }
+        }
+    }
+
+    // of m and v, the moments of what is normalised
+    void normalise(const A* m, const A* v) {
+        if (running_mean) {
+            mu.assign(running_mean, running_mean + C), sigma2.assign(running_var, running_var + C);
+        } else {
+            for_all([&](int64_t, int64_t c, int64_t i) { mu[c] += m[i] / N; });
+            for_all([&](int64_t, int64_t c, int64_t i) { sigma2[c] += (v[i] + (m[i] - mu[c]) * (m[i] - mu[c])) / N; });
+        }
+        for (int64_t c = 0; c < C; ++c) {
+            k[c] = gamma[c] / std::sqrt(sigma2[c] + eps);
+            s[c] = beta[c] - mu[c] * k[c];
+        }
+    }
+
+    // z -> scale
+    void mix() {
+        #pragma omp parallel for num_threads(is_small() ? 1 : threads)
+        for (int64_t n = 0; n < N; n += 4) {  // four images at once, the last repeated, keep the processor busy
+            const A* rows[4];
+            for (int64_t i = 0; i < 4; ++i) rows[i] = &z[std::min(n + i, N - 1) * D];
+            for (int64_t e = 0; e < E; ++e) {
+                const A* w = w1 + e * D;
+                A sum0 = 0, sum1 = 0, sum2 = 0, sum3 = 0;
+                #pragma omp simd reduction(+ : sum0, sum1, sum2, sum3)
+                for (int64_t d = 0; d < D; ++d) {
+                    sum0 += w[d] * rows[0][d], sum1 += w[d] * rows[1][d];
+                    sum2 += w[d] * rows[2][d], sum3 += w[d] * rows[3][d];
+                }
+                const A sums[4] = {sum0, sum1, sum2, sum3};
+                for (int64_t i = 0; i < 4 && n + i < N; ++i) h[(n + i) * E + e] = sums[i] <= 0 ? A(0) : sums[i];
+            }
+        }
+        for (int64_t n = 0; n < N; ++n) {
+            A *log_sigma = &scale[n * K], *e = log_sigma, largest = -INFINITY, total = 0;
+            for (int64_t i = 0; i < K; ++i) {
+                A l = 0;
+                for (int64_t j = 0; j < E; ++j) l += w2[i * E + j] * h[n * E + j];
+                const A exp = std::exp(-std::abs(l));
+                slope[n * K + i] = (l < 0 ? A(1) : exp) / (1 + exp);
+                log_sigma[i] = std::min(l, A(0)) - std::log1p(exp);
+                largest = std::max(largest, log_sigma[i]);
+            }
+            for (int64_t i = 0; i < K; ++i) total += e[i] = std::exp(log_sigma[i] - largest);
+            for (int64_t i = 0; i < K; ++i) e[i] = K * e[i] / total;
+        }
+    }
+
+    void forward() {
+        if (other) normalise(mean, var);
+        for_all([&](int64_t n, int64_t c, int64_t i) { z[n * D + c] = other ? mean[i] * k[c] + s[c] : mean[i]; });
+        if (other) for_all([&](int64_t n, int64_t c, int64_t i) { z[n * D + C + c] = other[i]; });
+        mix();
+        for_paths([&](int64_t path, int64_t begin, int64_t end) { std::fill(&w[begin], &w[end], scale[path]); });
+        if (other) return;
+        for_all([&](int64_t, int64_t, int64_t i) { weighed_mean[i] = w[i] * mean[i]; });
+        if (var) for_all([&](int64_t, int64_t, int64_t i) { weighed_var[i] = w[i] * w[i] * var[i]; });
+        normalise(weighed_mean.data(), weighed_var.data());
+    }
+
+    void write(A* a, A* c, A* b, A* mu_sigma2) const {
+        for_all([&](int64_t, int64_t j, int64_t i) { a[i] = w[i] * k[j], c[i] = other ? w[i] * s[j] : s[j]; });
+        if (other) for_all([&](int64_t n, int64_t, int64_t i) { b[i] = scale[n * K + 1]; });
+        std::copy(sigma2.begin(), sigma2.end(), std::copy(mu.begin(), mu.end(), mu_sigma2));
+    }
+
+    // Adds to grad_m. grad_v is the same for all images.
+    void normalise_backward(
+            const A* m, const A* grad_k, const A* grad_s, A* grad_m, A* grad_v, A* grad_gamma, A* grad_beta) const {
+        for (int64_t c = 0; c < C; ++c) {
+            const A r = 1 / std::sqrt(sigma2[c] + eps), grad = grad_k[c] - mu[c] * grad_s[c];
+            grad_gamma[c] = r * grad;
+            grad_beta[c] = grad_s[c];
+            grad_v[c] = -gamma[c] * r * r * r * grad / (2 * N);
+        }
+        if (!running_mean) for_all([&](int64_t, int64_t c, int64_t i) {
+            grad_m[i] += 2 * grad_v[c] * (m[i] - mu[c]) - k[c] * grad_s[c] / N;
+        });
+    }
+
+    // Adds to all but the first.
+    void mix_backward(const A* grad_scale, A* grad_z, A* grad_w1, A* grad_w2) const {
+        Array grad_l(N * K), grad_h(N * E);
+        #pragma omp parallel num_threads(is_small() ? 1 : threads)
+        {
+            #pragma omp for
+            for (int64_t n = 0; n < N; ++n) {
+                A inner = 0;
+                for (int64_t i = n * K; i < n * K + K; ++i) inner += grad_scale[i] * scale[i] / K;
+                for (int64_t i = n * K; i < n * K + K; ++i) grad_l[i] = scale[i] * (grad_scale[i] - inner) * slope[i];
+                for (int64_t e = 0; e < E; ++e) {
+                    if (h[n * E + e] <= 0) continue;
+                    A grad = 0;
+                    for (int64_t i = 0; i < K; ++i) grad += grad_l[n * K + i] * w2[i * E + e];
+                    grad_h[n * E + e] = grad;
+                    #pragma omp simd
+                    for (int64_t d = 0; d < D; ++d) grad_z[n * D + d] += grad * w1[e * D + d];
+                }
+            }
+            #pragma omp for
+            for (int64_t e = 0; e < E; ++e) {
+                for (int64_t n = 0; n < N; ++n) {
+                    #pragma omp simd
+                    for (int64_t d = 0; d < D; ++d) grad_w1[e * D + d] += grad_h[n * E + e] * z[n * D + d];
+                    for (int64_t i = 0; i < K; ++i) grad_w2[i * E + e] += grad_l[n * K + i] * h[n * E + e];
+                }
+            }
+        }
+    }
+
+    // grad_w1 and grad_w2 start at zero.
+    void backward(
+            int64_t pixels, const A* grad_a, const A* grad_c, const A* grad_b, A* u_scale, A* u_shift, A* v_shift,
+            A* grad_w1, A* grad_w2, A* grad_gamma, A* grad_beta) const {
+        Array grad_k(C), grad_s(C), grad_v(C), grad_w(N * C), grad_scale(N * K), grad_z(N * D);
+        Array grad_mean(N * C), grad_var(N * C);
+        const auto normalise_backward = [&](const A* m) {
+            this->normalise_backward(m, grad_k.data(), grad_s.data(), grad_mean.data(), grad_v.data(), grad_gamma, grad_beta);
+        };
+        for_all([&](int64_t, int64_t c, int64_t i) {
+            grad_w[i] = grad_a[i] * k[c] + (other ? grad_c[i] * s[c] : A(0));
+            grad_k[c] += grad_a[i] * w[i];
+            grad_s[c] += other ? grad_c[i] * w[i] : grad_c[i];
+        });
+        if (!other) {
+            normalise_backward(weighed_mean.data());
+            for_all([&](int64_t, int64_t c, int64_t i) {
+                grad_w[i] += grad_mean[i] * mean[i] + (var ? 2 * w[i] * var[i] * grad_v[c] : A(0));
+                if (var) grad_var[i] = w[i] * w[i] * grad_v[c];
+            });
+        }
+        for_paths([&](int64_t path, int64_t begin, int64_t end) {
+            for (int64_t i = begin; i < end; ++i) grad_scale[path] += grad_w[i];
+        });
+        if (other) for (int64_t i = 0; i < N * C; ++i) grad_scale[i / C * K + 1] += grad_b[i];
+        mix_backward(grad_scale.data(), grad_z.data(), grad_w1, grad_w2);
+        for_all([&](int64_t n, int64_t c, int64_t i) {
+            grad_mean[i] = grad_z[n * D + c] * (other ? k[c] : A(1)) + (other ? A(0) : grad_mean[i] * w[i]);
+        });
+        if (other) {
+            for_all([&](int64_t n, int64_t c, int64_t i) {
+                grad_k[c] += grad_z[n * D + c] * mean[i];
+                grad_s[c] += grad_z[n * D + c];
+                v_shift[i] = grad_z[n * D + C + c] / pixels;
+            });
+            normalise_backward(mean);
+            if (var) for_all([&](int64_t, int64_t c, int64_t i) { grad_var[i] = grad_v[c]; });
+        }
+        for_all([&](int64_t, int64_t, int64_t i) {
+            u_scale[i] = 2 * grad_var[i] / pixels;
+            u_shift[i] = grad_mean[i] / pixels - u_scale[i] * mean[i];
+        });
+    }
+};
+
+#define SHAPE int64_t N, int64_t C, int64_t P, int64_t last, int64_t threads
 #define CALL(function, ...)                                                                                        \
     do {                                                                                                           \
         const Shape s{N, C, P, last != 0, threads};                                                                \
@@ -239,20 +431,46 @@ static void affine_act_backward(
         const Shape s{N, C, P, last != 0, threads};                                                                \
         var ? moments<true>(s, x, mean, var) : moments<false>(s, x, mean, var);                                    \
     }                                                                                                              \
-    extern "C" void add_affine_##name(SHAPE, T* grad, const T* x, const A* scale, const A* shift) {                \
-        const Shape s{N, C, P, last != 0, threads};                                                                \
-        scale ? add_affine<true>(s, grad, x, scale, shift) : add_affine<false>(s, grad, x, scale, shift);          \
-    }                                                                                                              \
     extern "C" void affine_act_##name(                                                                             \
-            SHAPE, int relu, const T* u, const T* v, const A* a, const A* b, const A* c, T* y) {                   \
+            SHAPE, int64_t relu, const T* u, const T* v, const A* a, const A* b, const A* c, T* y) {               \
         CALL(affine_act, u, v, a, b, c, y);                                                                        \
     }                                                                                                              \
-    extern "C" void affine_act_backward_##name(                                                                    \
-            SHAPE, int relu, const T* grad, const T* u, const T* v, const A* a, const A* b, const A* c,            \
-            T* grad_u, T* grad_v, A* grad_a, A* grad_b, A* grad_c) {                                               \
-        CALL(affine_act_backward, grad, u, v, a, b, c, grad_u, grad_v, grad_a, grad_b, grad_c);                    \
+    extern "C" void affine_act_sums_##name(                                                                        \
+            SHAPE, int64_t relu, const T* grad, const T* u, const T* v, const A* a, const A* b, const A* c,        \
+            A* grad_a, A* grad_b, A* grad_c) {                                                                     \
+        CALL(affine_act_sums, grad, u, v, a, b, c, grad_a, grad_b, grad_c);                                        \
+    }                                                                                                              \
+    extern "C" void affine_act_grads_##name(                                                                       \
+            SHAPE, int64_t relu, const T* grad, const T* u, const T* v, const A* a, const A* b, const A* c,        \
+            const A* scale, const A* shift, const A* shift_v, T* grad_u, T* grad_v) {                              \
+        CALL(affine_act_grads, grad, u, v, a, b, c, scale, shift, shift_v, grad_u, grad_v);                        \
+    }
+
+#define ARGUMENTS(A)                                                                                               \
+    int64_t N, int64_t C, int64_t D, int64_t E, int64_t K, int64_t threads, double eps, const int64_t* channels,   \
+        const A *mean, const A *var, const A *other, const A *w1, const A *w2, const A *gamma, const A *beta,      \
+        const A *running_mean, const A *running_var
+#define EXPORT_COEFFICIENTS(name, A)                                                                               \
+    extern "C" void coefficients_##name(ARGUMENTS(A), A* a, A* c, A* b, A* mu_sigma2) {                            \
+        Coefficients<A> x{                                                                                         \
+            N, C, D, E, K, threads, A(eps), channels, mean, var, other, w1, w2, gamma, beta, running_mean,         \
+            running_var};                                                                                          \
+        x.forward();                                                                                               \
+        x.write(a, c, b, mu_sigma2);                                                                               \
+    }                                                                                                              \
+    extern "C" void coefficients_backward_##name(                                                                  \
+            ARGUMENTS(A), int64_t pixels, const A* grad_a, const A* grad_c, const A* grad_b, A* u_scale,           \
+            A* u_shift, A* v_shift, A* grad_w1, A* grad_w2, A* grad_gamma, A* grad_beta) {                         \
+        Coefficients<A> x{                                                                                         \
+            N, C, D, E, K, threads, A(eps), channels, mean, var, other, w1, w2, gamma, beta, running_mean,         \
+            running_var};                                                                                          \
+        x.forward();                                                                                               \
+        x.backward(                                                                                                \
+            pixels, grad_a, grad_c, grad_b, u_scale, u_shift, v_shift, grad_w1, grad_w2, grad_gamma, grad_beta);   \
     }
 
 EXPORT(float32, float, float)
 EXPORT(float64, double, double)
 EXPORT(bfloat16, bfloat16, float)
+EXPORT_COEFFICIENTS(float32, float)
+EXPORT_COEFFICIENTS(float64, double)

@@ -14,7 +14,9 @@ from torch import Tensor
 
 from . import in_format_of, sums_like
 
-__all__ = ['is_available', 'moments', 'affine_act', 'affine_act_', 'affine_act_backward', 'add_affine_']
+__all__ = [
+    'is_available', 'moments', 'affine_act', 'affine_act_', 'affine_act_sums', 'affine_act_grads', 'coefficients',
+    'coefficients_backward']
 
 _TYPES = {torch.float32: 'float32', torch.bfloat16: 'bfloat16', torch.float64: 'float64'}
 
@@ -38,15 +40,15 @@ def is_available(dtype: torch.dtype) -> bool:
     return dtype in _TYPES and _library() is not None
 
 
+def _arguments(*args: Any) -> List[Any]:
+    return [
+        ctypes.c_void_p(x.data_ptr()) if isinstance(x, Tensor) else x if x is None else ctypes.c_int64(x) for x in args]
+
+
 def _call(name: str, x: Tensor, *args: Any) -> None:
     batch, channels, height, width = x.shape
-    pointers = [
-        ctypes.c_void_p(arg.data_ptr()) if isinstance(arg, Tensor) else arg if arg is None else ctypes.c_int(arg)
-        for arg in args
-    ]
     getattr(_library(), f'{name}_{_TYPES[x.dtype]}')(
-        ctypes.c_int64(batch), ctypes.c_int64(channels), ctypes.c_int64(height * width),
-        ctypes.c_int(not x.is_contiguous()), ctypes.c_int(torch.get_num_threads()), *pointers)
+        *_arguments(batch, channels, height * width, int(not x.is_contiguous()), torch.get_num_threads(), *args))
 
 
 def moments(x: Tensor, with_var: bool) -> Tensor:
@@ -65,19 +67,46 @@ def affine_act_(u: Tensor, a: Tensor, c: Tensor, relu: bool) -> None:
     _call('affine_act', u, int(relu), u, None, a, None, c, u)
 
 
-def affine_act_backward(
-        grad: Tensor, u: Tensor, v: Optional[Tensor], a: Tensor, b: Optional[Tensor], c: Tensor, relu: bool,
+def affine_act_sums(
+        grad: Tensor, u: Tensor, v: Optional[Tensor], a: Tensor, b: Optional[Tensor], c: Tensor, relu: bool) -> Tensor:
+    sums = sums_like(u, 2 if v is None else 3)
+    _call('affine_act_sums', u, int(relu), in_format_of(u, grad), u, v, a, b, c, sums[0], None if v is None else sums[2], sums[1])
+    return sums
+
+
+def affine_act_grads(
+        grad: Tensor, u: Tensor, v: Optional[Tensor], a: Tensor, b: Optional[Tensor], c: Tensor, scale: Tensor,
+        shift: Tensor, shift_v: Optional[Tensor], relu: bool,
 ) -> List[Tensor]:
     grads = [torch.empty_like(u) for x in (u, v) if x is not None]
-    sums = sums_like(u, 1 + len(grads))
-    grad_v, sum_v = (None, None) if v is None else (grads[1], sums[2])
-    grad = in_format_of(u, grad)
-    _call('affine_act_backward', u, int(relu), grad, u, v, a, b, c, grads[0], grad_v, sums[0], sum_v, sums[1])
-    return [*grads, sums]
+    grad_v = None if v is None else grads[1]
+    _call(
+        'affine_act_grads', u, int(relu), in_format_of(u, grad), u, v, a, b, c, scale, shift, shift_v, grads[0], grad_v)
+    return grads
 
 
-def add_affine_(grad: Tensor, x: Tensor, scale: Optional[Tensor], shift: Tensor) -> None:
-    result = in_format_of(x, grad)
-    _call('add_affine', x, result, x, scale, shift)
-    if result is not grad:
-        grad.copy_(result)
+def _call_coefficients(name: str, args: Any, *others: Any) -> None:
+    mean, var, other, weight1, weight2, *tensors, eps, channels = args
+    paths, hidden = weight2.shape
+    getattr(_library(), f'{name}_{_TYPES[mean.dtype]}')(
+        *(ctypes.c_int64(i) for i in (*mean.shape, weight1.shape[1], hidden, paths)),
+        ctypes.c_int64(torch.get_num_threads()), ctypes.c_double(eps), (ctypes.c_int64 * paths)(*channels),
+        *_arguments(mean, var, other, weight1, weight2, *tensors, *others))
+
+
+def coefficients(*args: Any) -> List[Tensor]:
+    mean, other = args[0], args[2]
+    coefs = sums_like(mean, 2 if other is None else 3)
+    stats = mean.new_empty(2, mean.shape[1])
+    _call_coefficients('coefficients', args, coefs[0], coefs[1], None if other is None else coefs[2], stats)
+    return [coefs, stats]
+
+
+def coefficients_backward(grads: Tensor, pixels: int, *args: Any) -> List[Tensor]:
+    mean, other = args[0], args[2]
+    results = sums_like(mean, 2 if other is None else 3)
+    of_parameters = [torch.zeros_like(x) for x in args[3:7]]
+    _call_coefficients(
+        'coefficients_backward', args, pixels, grads[0], grads[1], None if other is None else grads[2], results[0],
+        results[1], None if other is None else results[2], *of_parameters)
+    return [results, *of_parameters]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import in_format_of, sums_like
 
-__all__ = ['moments', 'affine_act', 'affine_act_', 'affine_act_backward', 'add_affine_']
+__all__ = ['moments', 'affine_act', 'affine_act_', 'affine_act_sums', 'affine_act_grads']
 
 
 @triton.jit
@@ -73,23 +73,6 @@ def _moments_kernel(
 
 
 @triton.jit
-def _add_affine_kernel(
-        grad, x, scale, shift, images, channels, pixels, stride_c, stride_p,
-        SCALED: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
-):
-    channel, base, row = _program(channels, pixels, BLOCK_C)
-    scale_row = tl.load(scale + row, mask=channel < channels, other=0.)[None, :]
-    shift_row = tl.load(shift + row, mask=channel < channels, other=0.)[None, :]
-    for first in range(0, pixels, BLOCK_P):
-        offset, mask = _tile(first, pixels, channel, channels, stride_c, stride_p, BLOCK_P)
-        g = tl.load(grad + base + offset, mask=mask, other=0.).to(tl.float32)
-        added = shift_row
-        if SCALED:
-            added = scale_row * tl.load(x + base + offset, mask=mask, other=0.).to(tl.float32) + shift_row
-        tl.store(grad + base + offset, g + added, mask=mask)
-
-
-@triton.jit
 def _affine_act_kernel(
         u, v, a, b, c, y, images, channels, pixels, stride_c, stride_p,
         HAS_V: tl.constexpr, RELU: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
@@ -107,8 +90,8 @@ def _affine_act_kernel(
 
 
 @triton.jit
-def _affine_act_backward_kernel(
-        grad, u, v, a, b, c, grad_u, grad_v, sums, images, channels, pixels, stride_c, stride_p,
+def _affine_act_sums_kernel(
+        grad, u, v, a, b, c, sums, images, channels, pixels, stride_c, stride_p,
         HAS_V: tl.constexpr, RELU: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):
     channel, base, row = _program(channels, pixels, BLOCK_C)
@@ -124,17 +107,38 @@ def _affine_act_backward_kernel(
         g = tl.load(grad + base + offset, mask=mask, other=0.).to(tl.float32)
         if RELU:
             g = tl.where(z <= 0., 0., g)  # NaN passes
-        tl.store(grad_u + base + offset, a_row * g, mask=mask)
         sum_gu += g * u_tile
         sum_g += g
         if HAS_V:
-            tl.store(grad_v + base + offset, b_row * g, mask=mask)
             sum_gv += g * v_tile
     plane = images * channels
     tl.store(sums + row, tl.sum(sum_gu, axis=0), mask=channel < channels)
     tl.store(sums + row + plane, tl.sum(sum_g, axis=0), mask=channel < channels)
     if HAS_V:
         tl.store(sums + row + 2 * plane, tl.sum(sum_gv, axis=0), mask=channel < channels)
+
+
+@triton.jit
+def _affine_act_grads_kernel(
+        grad, u, v, a, b, c, scale, shift, shift_v, grad_u, grad_v, images, channels, pixels, stride_c, stride_p,
+        HAS_V: tl.constexpr, RELU: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+):
+    channel, base, row = _program(channels, pixels, BLOCK_C)
+    a_row = tl.load(a + row, mask=channel < channels, other=0.)[None, :]
+    b_row = tl.load(b + row, mask=channel < channels, other=0.)[None, :]
+    c_row = tl.load(c + row, mask=channel < channels, other=0.)[None, :]
+    scale_row = tl.load(scale + row, mask=channel < channels, other=0.)[None, :]
+    shift_row = tl.load(shift + row, mask=channel < channels, other=0.)[None, :]
+    shift_v_row = tl.load(shift_v + row, mask=channel < channels, other=0.)[None, :]
+    for first in range(0, pixels, BLOCK_P):
+        offset, mask = _tile(first, pixels, channel, channels, stride_c, stride_p, BLOCK_P)
+        u_tile, _, z = _affine(u + base, v + base, offset, mask, a_row, b_row, c_row, HAS_V)
+        g = tl.load(grad + base + offset, mask=mask, other=0.).to(tl.float32)
+        if RELU:
+            g = tl.where(z <= 0., 0., g)
+        tl.store(grad_u + base + offset, a_row * g + (scale_row * u_tile + shift_row), mask=mask)
+        if HAS_V:
+            tl.store(grad_v + base + offset, b_row * g + shift_v_row, mask=mask)
 
 
 _TILE = 2048  # elements: sixteen for each thread of four warps
@@ -193,23 +197,25 @@ def affine_act_(u: Tensor, a: Tensor, c: Tensor, relu: bool) -> None:
         _affine_act_kernel[grid](u, u, a, a, c, u, **plan, HAS_V=False, RELU=relu)
 
 
-def affine_act_backward(
-        grad: Tensor, u: Tensor, v: Optional[Tensor], a: Tensor, b: Optional[Tensor], c: Tensor, relu: bool,
+def affine_act_sums(
+        grad: Tensor, u: Tensor, v: Optional[Tensor], a: Tensor, b: Optional[Tensor], c: Tensor, relu: bool) -> Tensor:
+    grid, plan = _plan(u)
+    sums = sums_like(u, 2 if v is None else 3)
+    with _device(u):
+        _affine_act_sums_kernel[grid](
+            in_format_of(u, grad), u, u if v is None else v, a, a if b is None else b, c, sums,
+            **plan, HAS_V=v is not None, RELU=relu)
+    return sums
+
+
+def affine_act_grads(
+        grad: Tensor, u: Tensor, v: Optional[Tensor], a: Tensor, b: Optional[Tensor], c: Tensor, scale: Tensor,
+        shift: Tensor, shift_v: Optional[Tensor], relu: bool,
 ) -> List[Tensor]:
     grid, plan = _plan(u)
     grads = [torch.empty_like(u) for x in (u, v) if x is not None]
-    sums = sums_like(u, 1 + len(grads))
     with _device(u):
-        _affine_act_backward_kernel[grid](
-            in_format_of(u, grad), u, u if v is None else v, a, a if b is None else b, c, grads[0], grads[-1], sums,
-            **plan, HAS_V=v is not None, RELU=relu)
-    return [*grads, sums]
-
-
-def add_affine_(grad: Tensor, x: Tensor, scale: Optional[Tensor], shift: Tensor) -> None:
-    grid, plan = _plan(x)
-    result = in_format_of(x, grad)
-    with _device(x):
-        _add_affine_kernel[grid](result, x, shift if scale is None else scale, shift, **plan, SCALED=scale is not None)
-    if result is not grad:
-        grad.copy_(result)
+        _affine_act_grads_kernel[grid](
+            in_format_of(u, grad), u, u if v is None else v, a, a if b is None else b, c, scale, shift,
+            shift if shift_v is None else shift_v, grads[0], grads[-1], **plan, HAS_V=v is not None, RELU=relu)
+    return grads
