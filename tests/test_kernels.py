@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from timm_awm.layers import kernels
+from timm_awm.layers.kernels import formula
 
 GPU = torch.cuda.is_available()
 TRITON = 'TRITON_INTERPRET' in os.environ or GPU
@@ -104,20 +105,6 @@ def test_moments_of_large_means_and_outliers(shape, layout):
     assert not call('moments', x * 0 + 3)[0][1].any()  # a constant map
 
 
-@both_layouts
-@pytest.mark.parametrize('shape', SHAPES + LARGE, ids=str)
-def test_add_affine(shape, layout):
-    for dtype in DTYPES:
-        scale, shift, _ = coefficients(shape, dtype)
-        grad, x = maps(2, shape, dtype, layout)
-        terms = [grad.double(), wide(scale) * x.double(), wide(shift).double()]
-        _, args = call('add_affine_', grad, x, scale, shift)
-        check(args[0], sum(terms), sum(t.abs() for t in terms), grad)
-        assert unchanged(args[1:], [x, scale, shift])
-        _, args = call('add_affine_', grad, x, None, shift)
-        check(args[0], terms[0] + terms[2], terms[0].abs() + terms[2].abs(), grad)
-
-
 def reference(u, v, a, b, c, relu):
     z = wide(a) * u + (wide(c) if v is None else wide(b) * v + wide(c))
     return z.relu() if relu else z
@@ -135,19 +122,22 @@ def check_affine_act(grad, u, v, a, b, c, relu):
         _, args = call('affine_act_', u, a, c, relu)
         assert torch.equal(args[0], actual)
 
-    results, args = call('affine_act_backward', grad, u, v, a, b, c, relu)
-    expected = torch.autograd.grad((grad.double() * y).sum(), [x for x in leaves if x is not None])
+    scale, shift, shift_v = c, a, b
+    sums, args = call('affine_act_sums', grad, u, v, a, b, c, relu)
+    maps, map_args = call('affine_act_grads', grad, u, v, a, b, c, scale, shift, shift_v, relu)
+    grads = torch.autograd.grad((grad.double() * y).sum(), [x for x in leaves if x is not None])
+    expected = dict(zip('uac' if v is None else 'uvabc', grads))
     g = grad.double().abs()
-    magnitudes = [wide(a.abs()) * g, (g * u.double()).abs().sum((2, 3)), g.sum((2, 3))]
-    likes = [u, a, a]
+    check(sums[0], expected['a'], (g * u.double()).abs().sum((2, 3)), a)
+    check(sums[1], expected['c'], g.sum((2, 3)), a)
+    added = wide(scale) * u.double() + wide(shift)
+    check(maps[0], expected['u'] + added, wide(a.abs()) * g + (wide(scale) * u).abs().double() + wide(shift.abs()), u)
     if v is None:
-        assert results[1] is None and results[3] is None
+        assert len(sums) == 2 and maps[1] is None
     else:
-        magnitudes[1:1], likes[1:1] = [wide(b.abs()) * g], [u]
-        magnitudes[3:3], likes[3:3] = [(g * v.double()).abs().sum((2, 3))], [a]
-    for item in zip([x for x in results if x is not None], expected, magnitudes, likes, strict=True):
-        check(*item)
-    assert unchanged(args[:6], [grad, u, v, a, b, c])
+        check(sums[2], expected['b'], (g * v.double()).abs().sum((2, 3)), a)
+        check(maps[1], expected['v'] + wide(shift_v), wide(b.abs()) * g + wide(shift_v.abs()), u)
+    assert unchanged(args[:6], [grad, u, v, a, b, c]) and unchanged(map_args[:6], [grad, u, v, a, b, c])
 
 
 @both_layouts
@@ -174,10 +164,6 @@ def test_mixed_layouts(first):
     strided = torch.zeros(*shape[:3], 2 * shape[3])[..., ::2].copy_(u)  # neither layout
     check_affine_act(grad, strided, v, a, b, c, True)
     assert torch.equal(call('moments', strided)[0][0], call('moments', u.contiguous(memory_format=NHWC))[0][0])
-    terms = u.double(), wide(a) * v.double(), wide(b).double()
-    for target in u, strided:
-        _, args = call('add_affine_', target, v, a, b)
-        torch.testing.assert_close(args[0].cpu().double(), sum(terms), rtol=1e-5, atol=1e-5)
 
 
 @both_layouts
@@ -192,9 +178,12 @@ def test_nan_and_the_edge_of_the_relu(layout):
     torch.testing.assert_close(y.cpu(), reference(u, v, a, b, c, True), equal_nan=True)
     leaves = [x.clone().requires_grad_() for x in (u, v, a, b, c)]
     expected = torch.autograd.grad((reference(*leaves, True) * grad).sum(), leaves)
-    results, _ = call('affine_act_backward', grad, u, v, a, b, c, True)
+    (grad_u, grad_v), _ = call('affine_act_grads', grad, u, v, a, b, c, 0 * a, 0 * a, 0 * a, True)
+    sums, _ = call('affine_act_sums', grad, u, v, a, b, c, True)
+    results = grad_u, grad_v, sums[0], sums[2], sums[1]
+    expected[0][u.isnan()] = float('nan')  # by scale · u
     torch.testing.assert_close([x.cpu() for x in results], list(expected), equal_nan=True)
-    assert not results[0][0, 3].any() and not results[0][1, 1].any() and results[0][0, 1, 2, 3] != 0
+    assert not grad_u[0, 3].any() and not grad_u[1, 1].any() and grad_v[0, 1, 2, 3] != 0
     mean, var = call('moments', u)[0]
     assert mean[0, 1].isnan() and var[0, 1].isnan() and mean.isnan().sum() == var.isnan().sum() == 1
 
@@ -206,8 +195,45 @@ def test_the_masks_of_forward_and_backward_agree(layout):
     a, b, c = a.abs() + 0.1, b.abs() + 0.1, c * 1e-7
     v = -wide(a) * u / wide(b) + 1e-7 * maps(1, u.shape, seed=3)[0]  # every sum cancels to its rounding
     y = call('affine_act', u, v, a, b, c, True)[0]
-    grad_u = call('affine_act_backward', torch.ones_like(u), u, v, a, b, c, True)[0][0]
+    grad_u = call('affine_act_grads', torch.ones_like(u), u, v, a, b, c, 0 * a, 0 * a, 0 * a, True)[0][0]
     assert (y >= 0).all() and torch.equal(y > 0, grad_u > 0) and 0.1 < (y > 0).float().mean() < 0.9
+
+
+def merge_inputs(kind, training, batch, dtype=torch.float32):
+    """The arguments of `coefficients`, and gradients of its results."""
+    torch.manual_seed(0)
+    channels = [70, 70] if kind == 'sum' else [30, 25, 1, 14]
+    c = sum(channels) // 2 if kind == 'sum' else sum(channels)
+    mean, var, other = torch.randn(batch, c), torch.rand(batch, c) + 0.1, torch.randn(batch, c)
+    running = (None, None) if training else (torch.randn(c), torch.rand(c) + 0.1)
+    args = (
+        mean, var if training else None, other if kind == 'sum' else None, torch.randn(9, sum(channels)) / 5,
+        torch.randn(len(channels), 9), torch.randn(c), torch.randn(c), *running)
+    grads = torch.randn(3 if kind == 'sum' else 2, batch, c)
+    return grads.to(dtype), (*(x if x is None else x.to(dtype) for x in args), 1e-5, channels)
+
+
+@pytest.mark.parametrize('batch', [1, 6, 200])
+@pytest.mark.parametrize('training', [True, False])
+@pytest.mark.parametrize('kind', ['sum', 'concatenation'])
+def test_coefficients_are_the_formula(kind, training, batch):
+    """In C++ as in plain torch, whose gradients are autograd's. test_fused holds both to finite differences."""
+    grads, args = merge_inputs(kind, training, batch, torch.float64)
+    if kind == 'sum':
+        args[3][:2] *= 1e3  # logits that saturate the sigmoids
+    for dtype in torch.float64, torch.float32:
+        rounded = [x.to(dtype) if isinstance(x, Tensor) else x for x in (grads, *args)]
+        exact = [x.double() if isinstance(x, Tensor) else x for x in rounded]
+        for name in 'coefficients', 'coefficients_backward':
+            first = 1 if name == 'coefficients' else 0
+            pixels = [] if first else [49]
+            run = getattr(formula, name)
+            expected = run(*exact[first:1], *pixels, *exact[1:])
+            alike = run(*rounded[first:1], *pixels, *rounded[1:])
+            actual, _ = call(name, *rounded[first:1], *pixels, *rounded[1:])
+            for x, y, z in zip(actual, expected, alike, strict=True):
+                bound = 3 * (z - y).abs().max() + (1e-5 if dtype == torch.float32 else 1e-11) * y.abs().max()
+                assert x.dtype == dtype and (x.cpu() - y).abs().max() <= bound
 
 
 @pytest.mark.parametrize('v', [True, False])
@@ -216,14 +242,16 @@ def test_the_operators_are_well_formed(v):
     a, b, c = coefficients(u.shape)
     b = None if v is None else b
     ops, checks = torch.ops.timm_awm, ('test_schema', 'test_faketensor')
+    grads, merge = merge_inputs('concatenation' if v is None else 'sum', True, 2)
     if GPU:
         grad, u, v, a, b, c = (x if x is None else x.cuda() for x in (grad, u, v, a, b, c))
     elif TRITON:
         pytest.skip('the interpreter is not what the operators call')
     for op, args in [
             (ops.moments, (u, True)), (ops.moments, (u, False)), (ops.affine_act, (u, v, a, b, c, True)),
-            (ops.affine_act_, (u, a, c, False)), (ops.affine_act_backward, (grad, u, v, a, b, c, True)),
-            (ops.add_affine_, (grad, u, a, c))]:
+            (ops.affine_act_, (u, a, c, False)), (ops.affine_act_sums, (grad, u, v, a, b, c, True)),
+            (ops.affine_act_grads, (grad, u, v, a, b, c, a, c, b, True)), (ops.coefficients, merge),
+            (ops.coefficients_backward, (grads, 49, *merge))]:
         torch.library.opcheck(op.default, args, test_utils=checks)
 
 
@@ -254,10 +282,10 @@ def test_triton_compiles_for_gpus_without_spills(capability, tmp_path):
 
     ptxas = Path(triton.__file__).parent / 'backends' / 'nvidia' / 'bin' / 'ptxas'
     maps_of = dict(
-        _moments_kernel=('x',), _add_affine_kernel=('grad', 'x'), _affine_act_kernel=('u', 'v', 'y'),
-        _affine_act_backward_kernel=('grad', 'u', 'v', 'grad_u', 'grad_v'))
+        _moments_kernel=('x',), _affine_act_kernel=('u', 'v', 'y'), _affine_act_sums_kernel=('grad', 'u', 'v'),
+        _affine_act_grads_kernel=('grad', 'u', 'v', 'grad_u', 'grad_v'))
     whole = ('images', 'channels', 'pixels', 'stride_c', 'stride_p')
-    constants = dict(BLOCK_C=128, BLOCK_P=16, HAS_V=True, RELU=True, SCALED=True, stride_c=1)
+    constants = dict(BLOCK_C=128, BLOCK_P=16, HAS_V=True, RELU=True, stride_c=1)
     for name, of_maps in maps_of.items():
         kernel = getattr(kernels, name)
         constexprs = {k: v for k, v in constants.items() if k in kernel.arg_names}

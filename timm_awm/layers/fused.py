@@ -1,12 +1,10 @@
-"""What fused merges are made of: two differentiable functions around the kernels, and what may be fused at all.
+"""What fused merges are made of: one autograd function around the kernels, and what may be fused at all.
 
 A merge, with the BatchNorm and the ReLU beside it, is y = relu(a · u + b · v + c), with coefficients for each image and
-channel that follow from the channels' means and variances. So few kernels do on the maps what is to be done; the
-rest is ordinary arithmetic on (batch, channels) tensors. docs/method.md derives it.
+channel that follow from the channels' means and variances. docs/method.md derives it, and its gradients.
 """
-import functools
 import os
-from typing import Any, Callable, Iterable, List, Optional, Sequence, Tuple
+from typing import Any, Iterable, List, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +12,8 @@ from torch.autograd import Function, forward_ad
 from torch.nn.modules import module as torch_module
 
 from . import kernels
+from .kernels import formula
+from .mixing import MixingWeights
 
 __all__ = ['set_fused_merge', 'can_fuse', 'fused_merge']
 
@@ -68,23 +68,30 @@ def can_fuse(maps: Sequence[Tensor], skipped: Iterable[Tuple[Optional[nn.Module]
             or torch_module._global_backward_hooks or torch_module._global_backward_pre_hooks
     ):
         return False
-    return all(_is_plain(module, cls, first) for module, cls in skipped if module is not None)
+    return all(_is_plain(module, cls, maps) for module, cls in skipped if module is not None)
 
 
-def _is_plain(module: Any, cls: Any, x: Tensor) -> bool:
+def _is_plain(module: Any, cls: Any, maps: Sequence[Tensor]) -> bool:
+    if type(module) is not cls:
+        return False
+    parameters = [p for p in module._parameters.values() if p is not None]
     if (
-            type(module) is not cls
-            or module._forward_hooks or module._forward_pre_hooks
+            module._forward_hooks or module._forward_pre_hooks
             or module._backward_hooks or module._backward_pre_hooks
             or module._compiled_call_impl is not None or 'forward' in vars(module)
+            or any(type(p) not in (nn.Parameter, Tensor) for p in parameters)
     ):
         return False
+    x = maps[0]
+    if isinstance(module, MixingWeights):  # else torch's own error
+        features, hidden = sum(x.shape[1] for x in maps), len(module.weight1)
+        return module.weight1.shape == (hidden, features) and module.weight2.shape == (len(maps), hidden)
     if not isinstance(module, nn.BatchNorm2d):
         return True
     if uses_batch_statistics(module) and x.numel() == x.shape[1]:
         return False  # torch's own error
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return all(p is not None and p.dtype == dtype for p in (module.weight, module.bias))
+    return len(parameters) == 2 and all(p.dtype == dtype for p in parameters)
 
 
 def uses_batch_statistics(norm: Optional[nn.BatchNorm2d]) -> bool:
@@ -102,19 +109,13 @@ def _update_running(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor, count: int)
     norm.running_var.lerp_(var * (count / (count - 1)), momentum)
 
 
-def _plain(
-        u: Tensor, v: Optional[Tensor], weight1: Tensor, weight2: Tensor, gamma: Tensor, beta: Tensor,
-        running_mean: Optional[Tensor], running_var: Optional[Tensor], eps: float, channels: Sequence[int], relu: bool,
-) -> Tensor:
-    from .kernels import formula
-
-    def moments(x: Tensor) -> Tuple[Tensor, Tensor]:
-        return torch.var_mean(x.to(weight1.dtype), (2, 3), correction=0)
-
-    var, mean = moments(u)
-    other = None if v is None else moments(v)[1]
-    (a, c, *b), _ = formula.coefficients(
-        mean, var, other, weight1, weight2, gamma, beta, running_mean, running_var, eps, channels)
+def _plain(u: Tensor, v: Optional[Tensor], *args: Any) -> Tensor:
+    *inputs, relu = args
+    dtype = torch.float64 if u.dtype == torch.float64 else torch.float32
+    var, mean = torch.var_mean(u.to(dtype), (2, 3), correction=0)
+    other = None if v is None else v.mean((2, 3), dtype=dtype)
+    batch = inputs[4] is None
+    (a, c, *b), _ = formula.coefficients(mean, var if batch else None, other, *inputs)
     y = a[:, :, None, None] * u + c[:, :, None, None]
     if v is not None:
         y = y + b[0][:, :, None, None] * v
@@ -145,16 +146,16 @@ class _FusedMerge(Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Any) -> Tuple[Optional[Tensor], ...]:
         u, v, *inputs, a, b, c, mean, var, other = ctx.saved_tensors
-        eps, channels, relu = ctx.options
         needed = ctx.needs_input_grad
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             # it is itself differentiated (create_graph=True): autograd's, of the plain formula. The inputs are aliases,
             # for one may be computed from another
-            aliases = [x if x is None else x.view_as(x) for x in (u, v, *inputs)]
-            results = iter(torch.autograd.grad(
-                _plain(*aliases, eps, channels, relu), [x for x, need in zip(aliases, needed) if need], grad,
+            aliases: List[Any] = [x if x is None else x.view_as(x) for x in (u, v, *inputs)]
+            results: Any = iter(torch.autograd.grad(
+                _plain(*aliases, *ctx.options), [x for x, need in zip(aliases, needed) if need], grad,
                 create_graph=True, allow_unused=True))
             return tuple(next(results) if need else None for need in needed)
+        eps, channels, relu = ctx.options
         sums = kernels.affine_act_sums(grad, u, v, a, b, c, relu)
         (scale, shift, *shift_v), *grads = kernels.coefficients_backward(
             sums, u.shape[2] * u.shape[3], mean, var, other, *inputs, eps, channels)

@@ -1,12 +1,11 @@
 """The kernels of the fused merges. Each reads its maps once and writes its results once.
 
-Between two that read maps stand the coefficients, on tensors of (batch, channels).
-
 A map is (batch, channels, height, width), contiguous or channels-last; the maps of a call have one shape, dtype and
 device, and are brought into the memory format of the first. Coefficients and sums are (batch, channels), float32
 (float64 for float64 maps). The kernels compute in that type, and round a map once, to its own. None knows autograd.
 
-Each kernel is an operator of `torch.library`, with an implementation in C++ (`cpu`) and one in Triton (`triton`).
+Each kernel is an operator of `torch.library`, with an implementation in C++ (`cpu`) and one in Triton (`triton`), or in
+plain torch (`formula`) for the coefficients, which stand between two kernels that read maps.
 """
 import importlib
 from importlib.util import find_spec
@@ -29,8 +28,8 @@ _SCHEMAS = dict(
     affine_act_='(Tensor(a!) u, Tensor a, Tensor c, bool relu) -> ()',
     affine_act_sums='(Tensor grad, Tensor u, Tensor? v, Tensor a, Tensor? b, Tensor c, bool relu) -> Tensor',
     affine_act_grads=(
-        '(Tensor grad, Tensor u, Tensor? v, Tensor a, Tensor? b, Tensor c, Tensor scale, Tensor shift, Tensor? shift_v, '
-        'bool relu) -> Tensor[]'),
+        '(Tensor grad, Tensor u, Tensor? v, Tensor a, Tensor? b, Tensor c, Tensor scale, Tensor shift, '
+        'Tensor? shift_v, bool relu) -> Tensor[]'),
     coefficients=f'({_MERGE}) -> Tensor[]',
     coefficients_backward=f'(Tensor grads, int pixels, {_MERGE}) -> Tensor[]',
 )
@@ -47,7 +46,7 @@ def is_available(x: Tensor) -> bool:
 def moments(x: Tensor, with_var: bool = True) -> Tuple[Tensor, Optional[Tensor]]:
     """Mean over the pixels of each image's channels, and biased variance, None if it is not asked for."""
     x, = _uniform(x)
-    mean, *var = torch.ops.timm_awm.moments(x, with_var).unbind()
+    mean, *var = _call('moments', x, with_var).unbind()
     return mean, var[0] if var else None
 
 
@@ -68,12 +67,12 @@ def affine_act(
         y, in shape and dtype like u.
     """
     u, v = _uniform(u, v)
-    return torch.ops.timm_awm.affine_act(u, v, *_dense(a, b, c), relu)
+    return _call('affine_act', u, v, *_dense(a, b, c), relu)
 
 
 def affine_act_(u: Tensor, a: Tensor, c: Tensor, relu: bool) -> None:
     """u = act(a · u + c), in place. u is contiguous or channels-last."""
-    torch.ops.timm_awm.affine_act_(u, *_dense(a, c), relu)
+    _call('affine_act_', u, *_dense(a, c), relu)
 
 
 def affine_act_sums(
@@ -85,7 +84,7 @@ def affine_act_sums(
         u: The arguments of affine_act, as are v, a, b, c and relu.
     """
     u, v = _uniform(u, v)
-    return torch.ops.timm_awm.affine_act_sums(grad, u, v, *_dense(a, b, c), relu)
+    return _call('affine_act_sums', grad, u, v, *_dense(a, b, c), relu)
 
 
 def affine_act_grads(
@@ -103,17 +102,18 @@ def affine_act_grads(
         Two maps like u, the second None if v is.
     """
     u, v = _uniform(u, v)
-    grad_u, *grad_v = torch.ops.timm_awm.affine_act_grads(grad, u, v, *_dense(a, b, c, scale, shift, shift_v), relu)
+    grad_u, *grad_v = _call('affine_act_grads', grad, u, v, *_dense(a, b, c, scale, shift, shift_v), relu)
     return grad_u, grad_v[0] if grad_v else None
 
 
 def coefficients(
         mean: Tensor, var: Optional[Tensor], other: Optional[Tensor], weight1: Tensor, weight2: Tensor, gamma: Tensor,
-        beta: Tensor, running_mean: Optional[Tensor], running_var: Optional[Tensor], eps: float, channels: Sequence[int],
-) -> Tuple[Tensor, Tensor, Optional[Tensor], Tensor]:
-    """From the moments of a merge's paths to the coefficients of `affine_act`.
+        beta: Tensor, running_mean: Optional[Tensor], running_var: Optional[Tensor], eps: float,
+        channels: Sequence[int],
+) -> List[Tensor]:
+    """The coefficients of `affine_act`, from the moments of the paths.
 
-    A sum normalises u and merges it with v, a concatenation merges the maps that u holds and normalises the result.
+    A sum normalises u and merges it with v. A concatenation merges the maps that u holds and normalises the result.
 
     Args:
         mean: Of u, (batch, channels of u), as var and other are.
@@ -132,8 +132,8 @@ def coefficients(
         a, c and b, (3, batch, channels of u), (2, ...) in a concatenation; the mean and the variance that BatchNorm
         uses, (2, channels of u).
     """
-    return torch.ops.timm_awm.coefficients(
-        mean, var, other, *_dense(weight1, weight2, gamma, beta, running_mean, running_var), eps, channels)
+    parameters = _dense(weight1, weight2, gamma, beta, running_mean, running_var)
+    return _call('coefficients', mean, var, other, *parameters, eps, channels)
 
 
 def coefficients_backward(grads: Tensor, pixels: int, *args: Any) -> List[Tensor]:
@@ -149,7 +149,7 @@ def coefficients_backward(grads: Tensor, pixels: int, *args: Any) -> List[Tensor
         gradients of weight1, weight2, gamma and beta.
     """
     *tensors, eps, channels = args
-    return torch.ops.timm_awm.coefficients_backward(grads, pixels, *_dense(*tensors), eps, channels)
+    return _call('coefficients_backward', grads, pixels, *_dense(*tensors), eps, channels)
 
 
 def sums_like(x: Tensor, n: int) -> Tensor:
@@ -184,16 +184,25 @@ _FAKES: Dict[str, Callable[..., Any]] = dict(
 )
 
 
-def _register(name: str, device: str, module: str) -> None:
-    """The implementation for a device, whose module is imported when it is first called."""
-    def call(*args: Any) -> Any:
-        return getattr(importlib.import_module(module, __name__), name)(*args)
+def _implementation(name: str, device: str) -> Callable[..., Any]:
+    """Of an operator; its module is imported when it is first called."""
+    module = '.cpu' if device == 'cpu' else '.formula' if name.startswith('coefficients') else '.triton'
+    return getattr(importlib.import_module(module, __name__), name)
 
-    torch.library.impl(f'timm_awm::{name}', device, call)
+
+def _call(name: str, x: Tensor, *args: Any) -> Any:
+    """torch.compile needs the operator; else its implementation is called, without the dispatcher's detour."""
+    if torch.compiler.is_compiling():
+        return getattr(torch.ops.timm_awm, name)(x, *args)
+    return _implementation(name, x.device.type)(x, *args)
+
+
+def _register(name: str, device: str) -> None:
+    torch.library.impl(f'timm_awm::{name}', device, lambda *args: _implementation(name, device)(*args))
 
 
 for _name, _schema in _SCHEMAS.items():
     torch.library.define(f'timm_awm::{_name}', _schema)
     torch.library.register_fake(f'timm_awm::{_name}', _FAKES[_name])
-    _register(_name, 'cpu', '.cpu')
-    _register(_name, 'cuda', '.formula' if _name.startswith('coefficients') else '.triton')
+    _register(_name, 'cpu')
+    _register(_name, 'cuda')

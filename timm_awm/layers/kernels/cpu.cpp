@@ -114,6 +114,8 @@ static void for_rows(const Shape& s, const A* const (&inputs)[I], A* const (&out
             const int64_t c = band * width, offset = s.index(n, c, 0), coef = n * s.C + c;
             if (!s.last) {
                 in_packed_rows<16>(offset, s.P, Constant<1>{}, Constant<16>{}, inputs, outputs, coef, body);
+            } else if (packed && 64 % s.C == 0) {
+                in_packed_rows<64>(offset, s.P, s.C, Constant<64>{}, inputs, outputs, coef, body);
             } else if (packed) {
                 in_packed_rows<64>(offset, s.P, s.C, 64 / s.C * s.C, inputs, outputs, coef, body);
             } else {
@@ -447,7 +449,7 @@ struct Coefficients {
     }
 
 #define ARGUMENTS(A)                                                                                               \
-    int64_t N, int64_t C, int64_t D, int64_t E, int64_t K, int64_t threads, double eps, const int64_t* channels,   \
+    double eps, int64_t N, int64_t C, int64_t D, int64_t E, int64_t K, int64_t threads, const int64_t* channels,   \
         const A *mean, const A *var, const A *other, const A *w1, const A *w2, const A *gamma, const A *beta,      \
         const A *running_mean, const A *running_var
 #define EXPORT_COEFFICIENTS(name, A)                                                                               \

@@ -40,15 +40,22 @@ def is_available(dtype: torch.dtype) -> bool:
     return dtype in _TYPES and _library() is not None
 
 
-def _arguments(*args: Any) -> List[Any]:
-    return [
-        ctypes.c_void_p(x.data_ptr()) if isinstance(x, Tensor) else x if x is None else ctypes.c_int64(x) for x in args]
+@functools.lru_cache(maxsize=None)
+def _function(name: str, dtype: torch.dtype, *types: Any) -> Any:
+    function = getattr(_library(), f'{name}_{_TYPES[dtype]}')
+    function.argtypes = types
+    return function
 
 
 def _call(name: str, x: Tensor, *args: Any) -> None:
+    """Whole numbers are int64; they, pointers and None are all passed alike."""
     batch, channels, height, width = x.shape
-    getattr(_library(), f'{name}_{_TYPES[x.dtype]}')(
-        *_arguments(batch, channels, height * width, int(not x.is_contiguous()), torch.get_num_threads(), *args))
+    args = batch, channels, height * width, not x.is_contiguous(), torch.get_num_threads(), *args
+    _function(name, x.dtype, *len(args) * [ctypes.c_void_p])(*_pointers(*args))
+
+
+def _pointers(*args: Any) -> List[Any]:
+    return [x.data_ptr() if isinstance(x, Tensor) else x for x in args]
 
 
 def moments(x: Tensor, with_var: bool) -> Tensor:
@@ -59,18 +66,19 @@ def moments(x: Tensor, with_var: bool) -> Tensor:
 
 def affine_act(u: Tensor, v: Optional[Tensor], a: Tensor, b: Optional[Tensor], c: Tensor, relu: bool) -> Tensor:
     y = torch.empty_like(u)
-    _call('affine_act', u, int(relu), u, v, a, b, c, y)
+    _call('affine_act', u, relu, u, v, a, b, c, y)
     return y
 
 
 def affine_act_(u: Tensor, a: Tensor, c: Tensor, relu: bool) -> None:
-    _call('affine_act', u, int(relu), u, None, a, None, c, u)
+    _call('affine_act', u, relu, u, None, a, None, c, u)
 
 
 def affine_act_sums(
         grad: Tensor, u: Tensor, v: Optional[Tensor], a: Tensor, b: Optional[Tensor], c: Tensor, relu: bool) -> Tensor:
     sums = sums_like(u, 2 if v is None else 3)
-    _call('affine_act_sums', u, int(relu), in_format_of(u, grad), u, v, a, b, c, sums[0], None if v is None else sums[2], sums[1])
+    sum_b = None if v is None else sums[2]
+    _call('affine_act_sums', u, relu, in_format_of(u, grad), u, v, a, b, c, sums[0], sum_b, sums[1])
     return sums
 
 
@@ -81,17 +89,17 @@ def affine_act_grads(
     grads = [torch.empty_like(u) for x in (u, v) if x is not None]
     grad_v = None if v is None else grads[1]
     _call(
-        'affine_act_grads', u, int(relu), in_format_of(u, grad), u, v, a, b, c, scale, shift, shift_v, grads[0], grad_v)
+        'affine_act_grads', u, relu, in_format_of(u, grad), u, v, a, b, c, scale, shift, shift_v, grads[0], grad_v)
     return grads
 
 
 def _call_coefficients(name: str, args: Any, *others: Any) -> None:
     mean, var, other, weight1, weight2, *tensors, eps, channels = args
     paths, hidden = weight2.shape
-    getattr(_library(), f'{name}_{_TYPES[mean.dtype]}')(
-        *(ctypes.c_int64(i) for i in (*mean.shape, weight1.shape[1], hidden, paths)),
-        ctypes.c_int64(torch.get_num_threads()), ctypes.c_double(eps), (ctypes.c_int64 * paths)(*channels),
-        *_arguments(mean, var, other, weight1, weight2, *tensors, *others))
+    others = (
+        *mean.shape, weight1.shape[1], hidden, paths, torch.get_num_threads(), (ctypes.c_int64 * paths)(*channels),
+        *args[:-2], *others)
+    _function(name, mean.dtype, ctypes.c_double, *len(others) * [ctypes.c_void_p])(eps, *_pointers(*others))
 
 
 def coefficients(*args: Any) -> List[Tensor]:

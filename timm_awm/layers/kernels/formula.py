@@ -11,10 +11,12 @@ __all__ = ['coefficients', 'coefficients_backward']
 
 def coefficients(
         mean: Tensor, var: Optional[Tensor], other: Optional[Tensor], weight1: Tensor, weight2: Tensor, gamma: Tensor,
-        beta: Tensor, running_mean: Optional[Tensor], running_var: Optional[Tensor], eps: float, channels: Sequence[int],
+        beta: Tensor, running_mean: Optional[Tensor], running_var: Optional[Tensor], eps: float,
+        channels: Sequence[int],
 ) -> List[Tensor]:
     def normalise(mean: Tensor, var: Optional[Tensor]) -> Tuple[Tensor, Tensor, Tensor]:
-        if running_mean is not None:
+        if var is None:
+            assert running_mean is not None and running_var is not None
             mu, sigma2 = running_mean, running_var
         else:
             mu = mean.mean(0)
@@ -37,10 +39,11 @@ def coefficients(
 
 def coefficients_backward(grads: Tensor, pixels: int, *args: Any) -> List[Tensor]:
     with torch.enable_grad():
-        inputs = [x if x is None else x.detach().requires_grad_() for x in args[:7]]
+        inputs: List[Any] = [x if x is None else x.detach().requires_grad_() for x in args[:7]]
         coefs, _ = coefficients(*inputs, *args[7:])
     results = iter(torch.autograd.grad(coefs, [x for x in inputs if x is not None], grads))
-    of_mean, of_var, of_other, *of_parameters = (None if x is None else next(results) for x in inputs)
+    of_inputs: List[Any] = [None if x is None else next(results) for x in inputs]
+    of_mean, of_var, of_other, *of_parameters = of_inputs
     scale = torch.zeros_like(of_mean) if of_var is None else of_var * (2 / pixels)
     of_maps = [scale, of_mean / pixels - scale * args[0]] + ([] if of_other is None else [of_other / pixels])
     return [torch.stack(of_maps), *of_parameters]
