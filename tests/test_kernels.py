@@ -232,7 +232,7 @@ def test_coefficients_are_the_formula(kind, training, batch):
             alike = run(*rounded[first:1], *pixels, *rounded[1:])
             actual, _ = call(name, *rounded[first:1], *pixels, *rounded[1:])
             for x, y, z in zip(actual, expected, alike, strict=True):
-                bound = 3 * (z - y).abs().max() + (1e-5 if dtype == torch.float32 else 1e-11) * y.abs().max()
+                bound = 3 * (z - y).abs().max() + (1e-4 if dtype == torch.float32 else 1e-11) * y.abs().max()
                 assert x.dtype == dtype and (x.cpu() - y).abs().max() <= bound
 
 
