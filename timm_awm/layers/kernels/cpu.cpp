@@ -236,14 +236,18 @@ static void affine_act_grads(
 // What lies between moments and affine_act: docs/method.md. Arrays are (N, C), (N, D) and so on.
 template <typename A>
 struct Coefficients {
-    int64_t N, C, D, E, K;  // images, channels of u and of all paths, hidden features, paths
-    int64_t threads;
     A eps;
-    const int64_t* channels;  // of each path
-    const A *mean, *var, *other, *w1, *w2, *gamma, *beta, *running_mean, *running_var;
+    const int64_t* sizes;
+    const A* const* in;
+
+    // images, channels of u and of all paths, hidden features, paths; channels: of each path
+    int64_t N = sizes[0], C = sizes[1], D = sizes[2], E = sizes[3], K = sizes[4], threads = sizes[5], P = sizes[6];
+    const int64_t* channels = sizes + 7;
+    const A *mean = in[0], *var = in[1], *other = in[2], *w1 = in[3], *w2 = in[4], *gamma = in[5], *beta = in[6];
+    const A *running_mean = in[7], *running_var = in[8];
 
     using Array = std::vector<A>;
-    Array mu = Array(C), sigma2 = Array(C), k = Array(C), s = Array(C);  // BatchNorm is k·x + s
+    Array mu = Array(C), sigma2 = Array(C), k = Array(C), t = Array(C);  // BatchNorm is k·x + t
     Array z = Array(N * D), h = Array(N * E), scale = Array(N * K), slope = Array(N * K);  // slope: of log σ
     Array w = Array(N * C);  // of u's channels, the scale of their path
     Array weighed_mean = Array(other ? 0 : N * C), weighed_var = Array(other || !var ? 0 : N * C);
@@ -277,7 +281,7 @@ struct Coefficients {
         }
         for (int64_t c = 0; c < C; ++c) {
             k[c] = gamma[c] / std::sqrt(sigma2[c] + eps);
-            s[c] = beta[c] - mu[c] * k[c];
+            t[c] = beta[c] - mu[c] * k[c];
         }
     }
 
@@ -316,7 +320,7 @@ struct Coefficients {
 
     void forward() {
         if (other) normalise(mean, var);
-        for_all([&](int64_t n, int64_t c, int64_t i) { z[n * D + c] = other ? mean[i] * k[c] + s[c] : mean[i]; });
+        for_all([&](int64_t n, int64_t c, int64_t i) { z[n * D + c] = other ? mean[i] * k[c] + t[c] : mean[i]; });
         if (other) for_all([&](int64_t n, int64_t c, int64_t i) { z[n * D + C + c] = other[i]; });
         mix();
         for_paths([&](int64_t path, int64_t begin, int64_t end) { std::fill(&w[begin], &w[end], scale[path]); });
@@ -327,35 +331,35 @@ struct Coefficients {
     }
 
     void write(A* a, A* c, A* b, A* mu_sigma2) const {
-        for_all([&](int64_t, int64_t j, int64_t i) { a[i] = w[i] * k[j], c[i] = other ? w[i] * s[j] : s[j]; });
+        for_all([&](int64_t, int64_t j, int64_t i) { a[i] = w[i] * k[j], c[i] = other ? w[i] * t[j] : t[j]; });
         if (other) for_all([&](int64_t n, int64_t, int64_t i) { b[i] = scale[n * K + 1]; });
         std::copy(sigma2.begin(), sigma2.end(), std::copy(mu.begin(), mu.end(), mu_sigma2));
     }
 
     // Adds to grad_m. grad_v is the same for all images.
     void normalise_backward(
-            const A* m, const A* grad_k, const A* grad_s, A* grad_m, A* grad_v, A* grad_gamma, A* grad_beta) const {
+            const A* m, const A* grad_k, const A* grad_t, A* grad_m, A* grad_v, A* grad_gamma, A* grad_beta) const {
         for (int64_t c = 0; c < C; ++c) {
-            const A r = 1 / std::sqrt(sigma2[c] + eps), grad = grad_k[c] - mu[c] * grad_s[c];
+            const A r = 1 / std::sqrt(sigma2[c] + eps), grad = grad_k[c] - mu[c] * grad_t[c];
             grad_gamma[c] = r * grad;
-            grad_beta[c] = grad_s[c];
+            grad_beta[c] = grad_t[c];
             grad_v[c] = -gamma[c] * r * r * r * grad / (2 * N);
         }
         if (!running_mean) for_all([&](int64_t, int64_t c, int64_t i) {
-            grad_m[i] += 2 * grad_v[c] * (m[i] - mu[c]) - k[c] * grad_s[c] / N;
+            grad_m[i] += 2 * grad_v[c] * (m[i] - mu[c]) - k[c] * grad_t[c] / N;
         });
     }
 
     // Adds to all but the first.
-    void mix_backward(const A* grad_scale, A* grad_z, A* grad_w1, A* grad_w2) const {
+    void mix_backward(const A* grad_tcale, A* grad_z, A* grad_w1, A* grad_w2) const {
         Array grad_l(N * K), grad_h(N * E);
         #pragma omp parallel num_threads(is_small() ? 1 : threads)
         {
             #pragma omp for
             for (int64_t n = 0; n < N; ++n) {
                 A inner = 0;
-                for (int64_t i = n * K; i < n * K + K; ++i) inner += grad_scale[i] * scale[i] / K;
-                for (int64_t i = n * K; i < n * K + K; ++i) grad_l[i] = scale[i] * (grad_scale[i] - inner) * slope[i];
+                for (int64_t i = n * K; i < n * K + K; ++i) inner += grad_tcale[i] * scale[i] / K;
+                for (int64_t i = n * K; i < n * K + K; ++i) grad_l[i] = scale[i] * (grad_tcale[i] - inner) * slope[i];
                 for (int64_t e = 0; e < E; ++e) {
                     if (h[n * E + e] <= 0) continue;
                     A grad = 0;
@@ -378,17 +382,17 @@ struct Coefficients {
 
     // grad_w1 and grad_w2 start at zero.
     void backward(
-            int64_t pixels, const A* grad_a, const A* grad_c, const A* grad_b, A* u_scale, A* u_shift, A* v_shift,
-            A* grad_w1, A* grad_w2, A* grad_gamma, A* grad_beta) const {
-        Array grad_k(C), grad_s(C), grad_v(C), grad_w(N * C), grad_scale(N * K), grad_z(N * D);
+            const A* grad_a, const A* grad_c, const A* grad_b, A* u_scale, A* u_shift, A* v_shift, A* grad_w1,
+            A* grad_w2, A* grad_gamma, A* grad_beta) const {
+        Array grad_k(C), grad_t(C), grad_v(C), grad_w(N * C), grad_tcale(N * K), grad_z(N * D);
         Array grad_mean(N * C), grad_var(N * C);
         const auto normalise_backward = [&](const A* m) {
-            this->normalise_backward(m, grad_k.data(), grad_s.data(), grad_mean.data(), grad_v.data(), grad_gamma, grad_beta);
+            this->normalise_backward(m, grad_k.data(), grad_t.data(), grad_mean.data(), grad_v.data(), grad_gamma, grad_beta);
         };
         for_all([&](int64_t, int64_t c, int64_t i) {
-            grad_w[i] = grad_a[i] * k[c] + (other ? grad_c[i] * s[c] : A(0));
+            grad_w[i] = grad_a[i] * k[c] + (other ? grad_c[i] * t[c] : A(0));
             grad_k[c] += grad_a[i] * w[i];
-            grad_s[c] += other ? grad_c[i] * w[i] : grad_c[i];
+            grad_t[c] += other ? grad_c[i] * w[i] : grad_c[i];
         });
         if (!other) {
             normalise_backward(weighed_mean.data());
@@ -398,25 +402,25 @@ struct Coefficients {
             });
         }
         for_paths([&](int64_t path, int64_t begin, int64_t end) {
-            for (int64_t i = begin; i < end; ++i) grad_scale[path] += grad_w[i];
+            for (int64_t i = begin; i < end; ++i) grad_tcale[path] += grad_w[i];
         });
-        if (other) for (int64_t i = 0; i < N * C; ++i) grad_scale[i / C * K + 1] += grad_b[i];
-        mix_backward(grad_scale.data(), grad_z.data(), grad_w1, grad_w2);
+        if (other) for (int64_t i = 0; i < N * C; ++i) grad_tcale[i / C * K + 1] += grad_b[i];
+        mix_backward(grad_tcale.data(), grad_z.data(), grad_w1, grad_w2);
         for_all([&](int64_t n, int64_t c, int64_t i) {
             grad_mean[i] = grad_z[n * D + c] * (other ? k[c] : A(1)) + (other ? A(0) : grad_mean[i] * w[i]);
         });
         if (other) {
             for_all([&](int64_t n, int64_t c, int64_t i) {
                 grad_k[c] += grad_z[n * D + c] * mean[i];
-                grad_s[c] += grad_z[n * D + c];
-                v_shift[i] = grad_z[n * D + C + c] / pixels;
+                grad_t[c] += grad_z[n * D + c];
+                v_shift[i] = grad_z[n * D + C + c] / P;
             });
             normalise_backward(mean);
             if (var) for_all([&](int64_t, int64_t c, int64_t i) { grad_var[i] = grad_v[c]; });
         }
         for_all([&](int64_t, int64_t, int64_t i) {
-            u_scale[i] = 2 * grad_var[i] / pixels;
-            u_shift[i] = grad_mean[i] / pixels - u_scale[i] * mean[i];
+            u_scale[i] = 2 * grad_var[i] / P;
+            u_shift[i] = grad_mean[i] / P - u_scale[i] * mean[i];
         });
     }
 };
@@ -448,27 +452,18 @@ struct Coefficients {
         CALL(affine_act_grads, grad, u, v, a, b, c, scale, shift, shift_v, grad_u, grad_v);                        \
     }
 
-#define ARGUMENTS(A)                                                                                               \
-    double eps, int64_t N, int64_t C, int64_t D, int64_t E, int64_t K, int64_t threads, const int64_t* channels,   \
-        const A *mean, const A *var, const A *other, const A *w1, const A *w2, const A *gamma, const A *beta,      \
-        const A *running_mean, const A *running_var
 #define EXPORT_COEFFICIENTS(name, A)                                                                               \
-    extern "C" void coefficients_##name(ARGUMENTS(A), A* a, A* c, A* b, A* mu_sigma2) {                            \
-        Coefficients<A> x{                                                                                         \
-            N, C, D, E, K, threads, A(eps), channels, mean, var, other, w1, w2, gamma, beta, running_mean,         \
-            running_var};                                                                                          \
+    extern "C" void coefficients_##name(                                                                           \
+            double eps, const int64_t* sizes, const A* const* in, A* const* out) {                                 \
+        Coefficients<A> x{A(eps), sizes, in};                                                                      \
         x.forward();                                                                                               \
-        x.write(a, c, b, mu_sigma2);                                                                               \
+        x.write(out[0], out[1], out[2], out[3]);                                                                   \
     }                                                                                                              \
     extern "C" void coefficients_backward_##name(                                                                  \
-            ARGUMENTS(A), int64_t pixels, const A* grad_a, const A* grad_c, const A* grad_b, A* u_scale,           \
-            A* u_shift, A* v_shift, A* grad_w1, A* grad_w2, A* grad_gamma, A* grad_beta) {                         \
-        Coefficients<A> x{                                                                                         \
-            N, C, D, E, K, threads, A(eps), channels, mean, var, other, w1, w2, gamma, beta, running_mean,         \
-            running_var};                                                                                          \
+            double eps, const int64_t* sizes, const A* const* in, A* const* out) {                                 \
+        Coefficients<A> x{A(eps), sizes, in};                                                                      \
         x.forward();                                                                                               \
-        x.backward(                                                                                                \
-            pixels, grad_a, grad_c, grad_b, u_scale, u_shift, v_shift, grad_w1, grad_w2, grad_gamma, grad_beta);   \
+        x.backward(in[9], in[10], in[11], out[0], out[1], out[2], out[3], out[4], out[5], out[6]);                 \
     }
 
 EXPORT(float32, float, float)

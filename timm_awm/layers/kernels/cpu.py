@@ -7,7 +7,7 @@ import ctypes
 import functools
 import warnings
 from pathlib import Path
-from typing import Any, List, Optional
+from typing import Any, List, Optional, Sequence
 
 import torch
 from torch import Tensor
@@ -40,22 +40,23 @@ def is_available(dtype: torch.dtype) -> bool:
     return dtype in _TYPES and _library() is not None
 
 
-@functools.lru_cache(maxsize=None)
-def _function(name: str, dtype: torch.dtype, *types: Any) -> Any:
-    function = getattr(_library(), f'{name}_{_TYPES[dtype]}')
-    function.argtypes = types
-    return function
+def _function(name: str, dtype: torch.dtype) -> Any:
+    return getattr(_library(), f'{name}_{_TYPES[dtype]}')
+
+
+def _address(x: Optional[Tensor]) -> Optional[int]:
+    return None if x is None else x.data_ptr()
+
+
+def _addresses(*tensors: Optional[Tensor]) -> ctypes.Array:
+    return (ctypes.c_void_p * len(tensors))(*map(_address, tensors))
 
 
 def _call(name: str, x: Tensor, *args: Any) -> None:
-    """Whole numbers are int64; they, pointers and None are all passed alike."""
     batch, channels, height, width = x.shape
-    args = batch, channels, height * width, not x.is_contiguous(), torch.get_num_threads(), *args
-    _function(name, x.dtype, *len(args) * [ctypes.c_void_p])(*_pointers(*args))
-
-
-def _pointers(*args: Any) -> List[Any]:
-    return [x.data_ptr() if isinstance(x, Tensor) else x for x in args]
+    numbers = batch, channels, height * width, not x.is_contiguous(), torch.get_num_threads()
+    _function(name, x.dtype)(*(
+        ctypes.c_int64(arg) if isinstance(arg, int) else ctypes.c_void_p(_address(arg)) for arg in (*numbers, *args)))
 
 
 def moments(x: Tensor, with_var: bool) -> Tensor:
@@ -77,8 +78,8 @@ def affine_act_(u: Tensor, a: Tensor, c: Tensor, relu: bool) -> None:
 def affine_act_sums(
         grad: Tensor, u: Tensor, v: Optional[Tensor], a: Tensor, b: Optional[Tensor], c: Tensor, relu: bool) -> Tensor:
     sums = sums_like(u, 2 if v is None else 3)
-    sum_b = None if v is None else sums[2]
-    _call('affine_act_sums', u, relu, in_format_of(u, grad), u, v, a, b, c, sums[0], sum_b, sums[1])
+    sum_a, sum_c, sum_b = _three(sums)
+    _call('affine_act_sums', u, relu, in_format_of(u, grad), u, v, a, b, c, sum_a, sum_b, sum_c)
     return sums
 
 
@@ -93,28 +94,30 @@ def affine_act_grads(
     return grads
 
 
-def _call_coefficients(name: str, args: Any, *others: Any) -> None:
-    mean, var, other, weight1, weight2, *tensors, eps, channels = args
-    paths, hidden = weight2.shape
-    others = (
-        *mean.shape, weight1.shape[1], hidden, paths, torch.get_num_threads(), (ctypes.c_int64 * paths)(*channels),
-        *args[:-2], *others)
-    _function(name, mean.dtype, ctypes.c_double, *len(others) * [ctypes.c_void_p])(eps, *_pointers(*others))
+def _call_coefficients(
+        name: str, args: Any, pixels: int, grads: Sequence[Optional[Tensor]], results: Sequence[Optional[Tensor]],
+) -> None:
+    *inputs, eps, channels = args
+    hidden, features = inputs[3].shape
+    sizes = *inputs[0].shape, features, hidden, len(channels), torch.get_num_threads(), pixels, *channels
+    _function(name, inputs[0].dtype)(
+        ctypes.c_double(eps), (ctypes.c_int64 * len(sizes))(*sizes), _addresses(*inputs, *grads), _addresses(*results))
 
 
 def coefficients(*args: Any) -> List[Tensor]:
     mean, other = args[0], args[2]
     coefs = sums_like(mean, 2 if other is None else 3)
     stats = mean.new_empty(2, mean.shape[1])
-    _call_coefficients('coefficients', args, coefs[0], coefs[1], None if other is None else coefs[2], stats)
+    _call_coefficients('coefficients', args, 0, (), (*_three(coefs), stats))
     return [coefs, stats]
 
 
 def coefficients_backward(grads: Tensor, pixels: int, *args: Any) -> List[Tensor]:
-    mean, other = args[0], args[2]
-    results = sums_like(mean, 2 if other is None else 3)
+    of_maps = torch.empty_like(grads)
     of_parameters = [torch.zeros_like(x) for x in args[3:7]]
-    _call_coefficients(
-        'coefficients_backward', args, pixels, grads[0], grads[1], None if other is None else grads[2], results[0],
-        results[1], None if other is None else results[2], *of_parameters)
-    return [results, *of_parameters]
+    _call_coefficients('coefficients_backward', args, pixels, _three(grads), (*_three(of_maps), *of_parameters))
+    return [of_maps, *of_parameters]
+
+
+def _three(x: Tensor) -> Sequence[Optional[Tensor]]:
+    return x.unbind() if len(x) == 3 else (*x.unbind(), None)
