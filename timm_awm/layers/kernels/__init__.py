@@ -50,22 +50,8 @@ def moments(x: Tensor, with_var: bool = True) -> Tuple[Tensor, Optional[Tensor]]
     return mean, var[0] if var else None
 
 
-def affine_act(
-        u: Tensor, v: Optional[Tensor], a: Tensor, b: Optional[Tensor], c: Tensor, relu: bool,
-) -> Tensor:
-    """y = act(a · u + (b · v + c)).
-
-    Args:
-        u: (batch, channels, height, width).
-        v: In shape and dtype like u, or None for y = act(a · u + c).
-        a: (batch, channels).
-        b: Likewise, None if v is.
-        c: Likewise.
-        relu: act is ReLU, otherwise the identity.
-
-    Returns:
-        y, in shape and dtype like u.
-    """
+def affine_act(u: Tensor, v: Optional[Tensor], a: Tensor, b: Optional[Tensor], c: Tensor, relu: bool) -> Tensor:
+    """act(a · u + (b · v + c)), a map like u; act(a · u + c) without v and b. act is ReLU, or the identity."""
     u, v = _uniform(u, v)
     return _call('affine_act', u, v, *_dense(a, b, c), relu)
 
@@ -77,12 +63,8 @@ def affine_act_(u: Tensor, a: Tensor, c: Tensor, relu: bool) -> None:
 
 def affine_act_sums(
         grad: Tensor, u: Tensor, v: Optional[Tensor], a: Tensor, b: Optional[Tensor], c: Tensor, relu: bool) -> Tensor:
-    """The gradients of `affine_act` with respect to a, c and b, (3, batch, channels); (2, ...) without v.
-
-    Args:
-        grad: Gradient of y, (batch, channels, height, width).
-        u: The arguments of affine_act, as are v, a, b, c and relu.
-    """
+    """The gradients of a, c and b in `affine_act`, (3, batch, channels), (2, ...) without v; grad is that of its
+    result."""
     u, v = _uniform(u, v)
     return _call('affine_act_sums', grad, u, v, *_dense(a, b, c), relu)
 
@@ -91,16 +73,8 @@ def affine_act_grads(
         grad: Tensor, u: Tensor, v: Optional[Tensor], a: Tensor, b: Optional[Tensor], c: Tensor, scale: Tensor,
         shift: Tensor, shift_v: Optional[Tensor], relu: bool,
 ) -> Tuple[Tensor, Optional[Tensor]]:
-    """a · ḡ + scale · u + shift and b · ḡ + shift_v, where ḡ is the gradient of what the activation takes.
-
-    Args:
-        grad: Gradient of y, (batch, channels, height, width).
-        u: The arguments of affine_act, as are v, a, b, c and relu.
-        scale: (batch, channels), as shift and shift_v are.
-
-    Returns:
-        Two maps like u, the second None if v is.
-    """
+    """a · ḡ + scale · u + shift and b · ḡ + shift_v, maps like u, where ḡ is the gradient of what act takes; None for
+    the second without v."""
     u, v = _uniform(u, v)
     grad_u, *grad_v = _call('affine_act_grads', grad, u, v, *_dense(a, b, c, scale, shift, shift_v), relu)
     return grad_u, grad_v[0] if grad_v else None
@@ -121,11 +95,8 @@ def coefficients(
         other: The mean of v; None in a concatenation.
         weight1: W1, (hidden, features).
         weight2: W2, (paths, hidden).
-        gamma: BatchNorm's weight, (channels of u,), as beta and the running statistics are.
-        beta: Its bias.
-        running_mean: None if BatchNorm uses the batch's statistics.
-        running_var: Likewise.
-        eps: BatchNorm's.
+        gamma: BatchNorm's weight, (channels of u,), as its bias beta and its running statistics are.
+        running_mean: None, as running_var, if BatchNorm uses the batch's statistics.
         channels: Of each path.
 
     Returns:
@@ -137,16 +108,12 @@ def coefficients(
 
 
 def coefficients_backward(grads: Tensor, pixels: int, *args: Any) -> List[Tensor]:
-    """The gradients of `coefficients`, as the maps and the parameters see them.
+    """From gradients of a, c and b, as `affine_act_sums` gives them, to scale, shift and shift_v of `affine_act_grads`,
+    (3, batch, channels of u), (2, ...) in a concatenation, and the gradients of weight1, weight2, gamma and beta.
 
     Args:
-        grads: Of a, c and b, as `affine_act_sums` gives them.
         pixels: Height times width of the maps.
         args: The arguments of `coefficients`.
-
-    Returns:
-        scale, shift and shift_v of `affine_act_grads`, (3, batch, channels of u), (2, ...) in a concatenation; the
-        gradients of weight1, weight2, gamma and beta.
     """
     *tensors, eps, channels = args
     return _call('coefficients_backward', grads, pixels, *_dense(*tensors), eps, channels)
