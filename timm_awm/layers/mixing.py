@@ -12,11 +12,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 __all__ = [
-    'MixingWeights', 'channel_mean', 'mixing_logits', 'scaled_mixing_weights', 'count_parameters', 'merge_parameters',
-    'renew_compiled_guards']
+    'MixingWeights', 'channel_mean', 'mixing_logits', 'scaled_mixing_weights', 'wide_dtype', 'count_parameters',
+    'merge_parameters', 'renew_compiled_guards']
 
 # An optimizer is handed parameters, never the model: this is how it can tell which of them belong to a merge.
 _live: 'weakref.WeakSet[MixingWeights]' = weakref.WeakSet()
+
+
+def wide_dtype(x: Tensor) -> torch.dtype:
+    """That of a map's sums and coefficients: float32, float64 for float64 maps."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def channel_mean(x: Tensor) -> Tensor:
@@ -28,7 +33,7 @@ def channel_mean(x: Tensor) -> Tensor:
     Returns:
         (batch, channels), float32 or float64.
     """
-    return x.mean((2, 3), dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+    return x.mean((2, 3), dtype=wide_dtype(x))
 
 
 def mixing_logits(z: Tensor, weight1: Tensor, weight2: Tensor) -> Tensor:

@@ -14,6 +14,8 @@ from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 import torch
 from torch import Tensor
 
+from ..mixing import wide_dtype
+
 __all__ = [
     'is_available', 'moments', 'affine_act', 'affine_act_', 'affine_act_sums', 'affine_act_grads', 'coefficients',
     'coefficients_backward']
@@ -121,7 +123,7 @@ def coefficients_backward(grads: Tensor, pixels: int, *args: Any) -> List[Tensor
 
 def sums_like(x: Tensor, n: int) -> Tensor:
     """An empty result of n sums for each channel of each image, (n, batch, channels)."""
-    return x.new_empty((n, *x.shape[:2]), dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+    return x.new_empty((n, *x.shape[:2]), dtype=wide_dtype(x))
 
 
 def in_format_of(first: Tensor, x: Tensor) -> Tensor:

@@ -1,4 +1,5 @@
-// The kernels for CPUs; __init__.py documents them. Compiled when first used.
+// The kernels for CPUs; __init__.py documents them. Compiled when first used, for one type of maps at a time: cpu.py defines
+// MAP, its type, and WIDE, that of sums and coefficients.
 //
 // A map is N images of C channels and P pixels, of type T; coefficients and sums are (N, C), of type A. Elements of maps
 // are computed in A and rounded once.
@@ -425,6 +426,9 @@ struct Coefficients {
     }
 };
 
+using T = MAP;
+using A = WIDE;
+
 #define SHAPE int64_t N, int64_t C, int64_t P, int64_t last, int64_t threads
 #define CALL(function, ...)                                                                                        \
     do {                                                                                                           \
@@ -432,42 +436,37 @@ struct Coefficients {
         v ? relu ? function<true, true>(s, __VA_ARGS__) : function<true, false>(s, __VA_ARGS__)                    \
           : relu ? function<false, true>(s, __VA_ARGS__) : function<false, false>(s, __VA_ARGS__);                 \
     } while (0)
-#define EXPORT(name, T, A)                                                                                         \
-    extern "C" void moments_##name(SHAPE, const T* x, A* mean, A* var) {                                           \
-        const Shape s{N, C, P, last != 0, threads};                                                                \
-        var ? moments<true>(s, x, mean, var) : moments<false>(s, x, mean, var);                                    \
-    }                                                                                                              \
-    extern "C" void affine_act_##name(                                                                             \
-            SHAPE, int64_t relu, const T* u, const T* v, const A* a, const A* b, const A* c, T* y) {               \
-        CALL(affine_act, u, v, a, b, c, y);                                                                        \
-    }                                                                                                              \
-    extern "C" void affine_act_sums_##name(                                                                        \
-            SHAPE, int64_t relu, const T* grad, const T* u, const T* v, const A* a, const A* b, const A* c,        \
-            A* grad_a, A* grad_b, A* grad_c) {                                                                     \
-        CALL(affine_act_sums, grad, u, v, a, b, c, grad_a, grad_b, grad_c);                                        \
-    }                                                                                                              \
-    extern "C" void affine_act_grads_##name(                                                                       \
-            SHAPE, int64_t relu, const T* grad, const T* u, const T* v, const A* a, const A* b, const A* c,        \
-            const A* scale, const A* shift, const A* shift_v, T* grad_u, T* grad_v) {                              \
-        CALL(affine_act_grads, grad, u, v, a, b, c, scale, shift, shift_v, grad_u, grad_v);                        \
-    }
 
-#define EXPORT_COEFFICIENTS(name, A)                                                                               \
-    extern "C" void coefficients_##name(                                                                           \
-            double eps, const int64_t* sizes, const A* const* in, A* const* out) {                                 \
-        Coefficients<A> x{A(eps), sizes, in};                                                                      \
-        x.forward();                                                                                               \
-        x.write(out[0], out[1], out[2], out[3]);                                                                   \
-    }                                                                                                              \
-    extern "C" void coefficients_backward_##name(                                                                  \
-            double eps, const int64_t* sizes, const A* const* in, A* const* out) {                                 \
-        Coefficients<A> x{A(eps), sizes, in};                                                                      \
-        x.forward();                                                                                               \
-        x.backward(in[9], in[10], in[11], out[0], out[1], out[2], out[3], out[4], out[5], out[6]);                 \
-    }
+extern "C" void moments(SHAPE, const T* x, A* mean, A* var) {
+    const Shape s{N, C, P, last != 0, threads};
+    var ? moments<true>(s, x, mean, var) : moments<false>(s, x, mean, var);
+}
 
-EXPORT(float32, float, float)
-EXPORT(float64, double, double)
-EXPORT(bfloat16, bfloat16, float)
-EXPORT_COEFFICIENTS(float32, float)
-EXPORT_COEFFICIENTS(float64, double)
+extern "C" void affine_act(
+        SHAPE, int64_t relu, const T* u, const T* v, const A* a, const A* b, const A* c, T* y) {
+    CALL(affine_act, u, v, a, b, c, y);
+}
+
+extern "C" void affine_act_sums(
+        SHAPE, int64_t relu, const T* grad, const T* u, const T* v, const A* a, const A* b, const A* c,
+        A* grad_a, A* grad_b, A* grad_c) {
+    CALL(affine_act_sums, grad, u, v, a, b, c, grad_a, grad_b, grad_c);
+}
+
+extern "C" void affine_act_grads(
+        SHAPE, int64_t relu, const T* grad, const T* u, const T* v, const A* a, const A* b, const A* c,
+        const A* scale, const A* shift, const A* shift_v, T* grad_u, T* grad_v) {
+    CALL(affine_act_grads, grad, u, v, a, b, c, scale, shift, shift_v, grad_u, grad_v);
+}
+
+extern "C" void coefficients(double eps, const int64_t* sizes, const A* const* in, A* const* out) {
+    Coefficients<A> x{A(eps), sizes, in};
+    x.forward();
+    x.write(out[0], out[1], out[2], out[3]);
+}
+
+extern "C" void coefficients_backward(double eps, const int64_t* sizes, const A* const* in, A* const* out) {
+    Coefficients<A> x{A(eps), sizes, in};
+    x.forward();
+    x.backward(in[9], in[10], in[11], out[0], out[1], out[2], out[3], out[4], out[5], out[6]);
+}

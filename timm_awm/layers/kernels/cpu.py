@@ -1,7 +1,7 @@
 """The kernels for CPUs, in C++.
 
-The source is compiled when it is first used, by what torch.compile's own C++ backend uses (half a second, then it lies
-in torch's cache). Maps are float32, bfloat16 or float64.
+The source is compiled when it is first used, by what torch.compile's own C++ backend uses: some seconds for each type
+of maps, which are float32, bfloat16 or float64. Then it lies in torch's cache.
 """
 import ctypes
 import functools
@@ -18,14 +18,16 @@ __all__ = [
     'is_available', 'moments', 'affine_act', 'affine_act_', 'affine_act_sums', 'affine_act_grads', 'coefficients',
     'coefficients_backward']
 
-_TYPES = {torch.float32: 'float32', torch.bfloat16: 'bfloat16', torch.float64: 'float64'}
+_TYPES = {torch.float32: 'float', torch.bfloat16: 'bfloat16', torch.float64: 'double'}
 
 
 @functools.lru_cache(maxsize=None)
-def _library() -> Optional[ctypes.CDLL]:
+def _library(dtype: torch.dtype) -> Optional[ctypes.CDLL]:
     try:
         from torch._inductor.codecache import CppCodeCache  # private: finds compiler and flags
-        return CppCodeCache.load(Path(__file__).with_name('cpu.cpp').read_text(encoding='utf-8'))
+        wide = 'double' if dtype == torch.float64 else 'float'
+        source = Path(__file__).with_name('cpu.cpp').read_text(encoding='utf-8')
+        return CppCodeCache.load(f'#define MAP {_TYPES[dtype]}\n#define WIDE {wide}\n{source}')
     except Exception as error:  # of the compiler's set-up, of any kind
         warnings.warn(
             'The fused merges could not be built, so the plain formula is used, which is slower. Usually g++ or clang '
@@ -37,11 +39,7 @@ def _library() -> Optional[ctypes.CDLL]:
 @torch.compiler.assume_constant_result
 def is_available(dtype: torch.dtype) -> bool:
     """Whether there are kernels for maps of this dtype; warns once if they cannot be built."""
-    return dtype in _TYPES and _library() is not None
-
-
-def _function(name: str, dtype: torch.dtype) -> Any:
-    return getattr(_library(), f'{name}_{_TYPES[dtype]}')
+    return dtype in _TYPES and _library(dtype) is not None
 
 
 def _address(x: Optional[Tensor]) -> Optional[int]:
@@ -55,7 +53,7 @@ def _addresses(*tensors: Optional[Tensor]) -> ctypes.Array:
 def _call(name: str, x: Tensor, *args: Any) -> None:
     batch, channels, height, width = x.shape
     numbers = batch, channels, height * width, not x.is_contiguous(), torch.get_num_threads()
-    _function(name, x.dtype)(*(
+    getattr(_library(x.dtype), name)(*(
         ctypes.c_int64(arg) if isinstance(arg, int) else ctypes.c_void_p(_address(arg)) for arg in (*numbers, *args)))
 
 
@@ -100,7 +98,7 @@ def _call_coefficients(
     *inputs, eps, channels = args
     hidden, features = inputs[3].shape
     sizes = *inputs[0].shape, features, hidden, len(channels), torch.get_num_threads(), pixels, *channels
-    _function(name, inputs[0].dtype)(
+    getattr(_library(inputs[0].dtype), name)(
         ctypes.c_double(eps), (ctypes.c_int64 * len(sizes))(*sizes), _addresses(*inputs, *grads), _addresses(*results))
 
 
