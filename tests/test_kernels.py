@@ -200,40 +200,29 @@ def test_the_masks_of_forward_and_backward_agree(layout):
 
 
 def merge_inputs(kind, training, batch, dtype=torch.float32):
-    """The arguments of `coefficients`, and gradients of its results."""
+    """Gradients of what `coefficients` returns, and its arguments."""
     torch.manual_seed(0)
     channels = [70, 70] if kind == 'sum' else [30, 25, 1, 14]
-    c = sum(channels) // 2 if kind == 'sum' else sum(channels)
-    mean, var, other = torch.randn(batch, c), torch.rand(batch, c) + 0.1, torch.randn(batch, c)
-    running = (None, None) if training else (torch.randn(c), torch.rand(c) + 0.1)
+    mean, var, other = torch.randn(batch, 70), torch.rand(batch, 70) + 0.1, torch.randn(batch, 70)
     args = (
         mean, var if training else None, other if kind == 'sum' else None, torch.randn(9, sum(channels)) / 5,
-        torch.randn(len(channels), 9), torch.randn(c), torch.randn(c), *running)
-    grads = torch.randn(3 if kind == 'sum' else 2, batch, c)
-    return grads.to(dtype), (*(x if x is None else x.to(dtype) for x in args), 1e-5, channels)
+        torch.randn(len(channels), 9), torch.randn(70), torch.randn(70),
+        *((None, None) if training else (torch.randn(70), torch.rand(70) + 0.1)))
+    grads = torch.randn(3 if kind == 'sum' else 2, batch, 70, dtype=dtype)
+    return grads, (*(x if x is None else x.to(dtype) for x in args), 1e-5, channels)
 
 
 @pytest.mark.parametrize('batch', [3, 6, 200])
 @pytest.mark.parametrize('training', [True, False])
 @pytest.mark.parametrize('kind', ['sum', 'concatenation'])
 def test_coefficients_are_the_formula(kind, training, batch):
-    """In C++ as in plain torch, whose gradients are autograd's. test_fused holds both to finite differences."""
+    """In C++ as in plain torch, whose gradients are autograd's; test_fused holds both to finite differences."""
     grads, args = merge_inputs(kind, training, batch, torch.float64)
-    if kind == 'sum':
-        args[3][:2] *= 1e3  # logits that saturate the sigmoids
-    for dtype in torch.float64, torch.float32:
-        rounded = [x.to(dtype) if isinstance(x, Tensor) else x for x in (grads, *args)]
-        exact = [x.double() if isinstance(x, Tensor) else x for x in rounded]
-        for name in 'coefficients', 'coefficients_backward':
-            first = 1 if name == 'coefficients' else 0
-            pixels = [] if first else [49]
-            run = getattr(formula, name)
-            expected = run(*exact[first:1], *pixels, *exact[1:])
-            alike = run(*rounded[first:1], *pixels, *rounded[1:])
-            actual, _ = call(name, *rounded[first:1], *pixels, *rounded[1:])
-            for x, y, z in zip(actual, expected, alike, strict=True):
-                bound = 3 * (z - y).abs().max() + (1e-5 if dtype == torch.float32 else 1e-12) * y.abs().max()
-                assert x.dtype == dtype and (x.cpu() - y).abs().max() <= bound
+    args[3][:2] *= 1e3  # logits that saturate the sigmoids
+    for name, first in ('coefficients', ()), ('coefficients_backward', (grads, 49)):
+        actual, _ = call(name, *first, *args)
+        for x, y in zip(actual, getattr(formula, name)(*first, *args), strict=True):
+            assert x.dtype == torch.float64 and (x.cpu() - y).abs().max() <= 1e-10 * y.abs().max()
 
 
 @pytest.mark.parametrize('v', [True, False])
