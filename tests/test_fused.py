@@ -140,6 +140,17 @@ def test_batchnorm_is_torchs(kwargs, training):
     torch.testing.assert_close(norm.state_dict(), reference.state_dict())
 
 
+def test_the_order_of_parameters_does_not_matter():
+    def run(block):
+        for module, name in (block.merge.mix, 'weight1'), (block.bn3, 'weight'):
+            torch.nn.utils.parametrize.register_parametrization(module, name, nn.Identity())
+            torch.nn.utils.parametrize.remove_parametrizations(module, name)  # registers it anew, behind the others
+        return train_step(torch.randn(4, 512, 6, 6, generator=torch.Generator().manual_seed(0)).double())(block)
+
+    plain, fused = both(network('awm_resnet26d').layer2[1].double(), run)
+    assert 0 < difference(plain, fused) < 1e-10
+
+
 def test_a_single_value_per_channel_is_torchs_error():
     with pytest.raises(ValueError, match='more than 1 value per channel'):
         create('awm_resnet18')(images(1))

@@ -181,14 +181,14 @@ def fused_merge(
         relu: Whether a ReLU comes last.
     """
     dtype = wide_dtype(u)
-    weights = [p.to(dtype) for p in mix._parameters.values()]
+    weights = [mix._parameters[name].to(dtype) for name in ('weight1', 'weight2')]
     if norm is None:
         gamma = torch.ones(u.shape[1], dtype=dtype, device=u.device)
         args = *weights, gamma, 0 * gamma, 0 * gamma, 1 * gamma, 0., channels  # the identity; torch.compile wants four
     else:
-        buffers = norm._buffers
+        own, buffers = norm._parameters, norm._buffers
         running = (None, None) if uses_batch_statistics(norm) else (buffers['running_mean'], buffers['running_var'])
-        args = *weights, *norm._parameters.values(), *running, norm.eps, channels
+        args = *weights, own['weight'], own['bias'], *running, norm.eps, channels
     if torch.is_grad_enabled():
         y, stats = _FusedMerge.apply(u, v, *args, relu)
     else:
