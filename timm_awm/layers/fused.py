@@ -49,9 +49,14 @@ def can_fuse(maps: Sequence[Tensor], skipped: Iterable[Tuple[Optional[nn.Module]
             module is trusted only if it is exactly of this class and nothing hangs on its call.
     """
     first = maps[0]
+    if not _enabled or type(first) is not Tensor:  # proxies, say
+        return False
+    dtype, device = first.dtype, first.device
+    for x in maps:
+        if type(x) is not Tensor or x.layout != torch.strided or x.dtype != dtype or x.device != device:
+            return False
     if (
-            not _enabled
-            or first.numel() == 0
+            first.numel() == 0
             or torch.compiler.is_exporting()
             or torch.jit.is_tracing()
             or torch._C._are_functorch_transforms_active()
@@ -61,10 +66,6 @@ def can_fuse(maps: Sequence[Tensor], skipped: Iterable[Tuple[Optional[nn.Module]
             or torch_module._global_backward_hooks or torch_module._global_backward_pre_hooks
     ):
         return False
-    dtype, device = first.dtype, first.device
-    for x in maps:
-        if type(x) is not Tensor or x.layout != torch.strided or x.dtype != dtype or x.device != device:
-            return False
     for module, cls in skipped:
         if module is not None and not _is_plain(module, cls, maps):
             return False
