@@ -151,6 +151,29 @@ def test_the_order_of_parameters_does_not_matter():
     assert 0 < difference(plain, fused) < 1e-10
 
 
+@both_modes
+@pytest.mark.parametrize('how', [
+    'norm of fewer channels', 'norm elsewhere', 'statistics elsewhere', 'wide statistics', 'W1 of fewer channels',
+    'W2 elsewhere'])
+def test_what_does_not_fit_is_left_to_torch(how, training):
+    """The kernels read memory, and nobody else would look."""
+    merge, norm = SumMerge(6), nn.BatchNorm2d(6).train(training)
+    if how == 'norm of fewer channels':
+        norm = nn.BatchNorm2d(5).train(training)
+    elif how == 'norm elsewhere':
+        norm.to('meta')
+    elif how == 'statistics elsewhere':
+        norm.running_mean, norm.running_var = norm.running_mean.to('meta'), norm.running_var.to('meta')
+    elif how == 'wide statistics':
+        norm.running_mean, norm.running_var = norm.running_mean.double(), norm.running_var.double()
+    elif how == 'W1 of fewer channels':
+        merge.mix.weight1 = nn.Parameter(torch.randn(16, 11))
+    else:
+        merge.mix.weight2 = nn.Parameter(merge.mix.weight2.to('meta'))
+    u, x = torch.randn(2, 2, 6, 3, 3)
+    assert fused_sum(merge, u, x, norm, nn.ReLU()) is None
+
+
 def test_a_single_value_per_channel_is_torchs_error():
     with pytest.raises(ValueError, match='more than 1 value per channel'):
         create('awm_resnet18')(images(1))

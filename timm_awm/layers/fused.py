@@ -80,20 +80,26 @@ def _is_plain(module: Any, cls: Any, maps: Sequence[Tensor]) -> bool:
             or module._compiled_call_impl is not None or 'forward' in module.__dict__
     ):
         return False
-    parameters = module._parameters  # what module.weight finds in the end, in a tenth of the time
+    # C++ reads their memory. Dicts, as module.weight takes ten times as long
+    parameters, x, channels = module._parameters, maps[0], sum([x.shape[1] for x in maps])
     for p in parameters.values():
-        if type(p) is not nn.Parameter and type(p) is not Tensor:
+        if type(p) is not nn.Parameter and type(p) is not Tensor or p.device != x.device:
             return False
-    x = maps[0]
-    if cls is MixingWeights:  # else torch's own error
-        hidden, features = parameters['weight1'].shape
-        return features == sum([x.shape[1] for x in maps]) and parameters['weight2'].shape == (len(maps), hidden)
+    if cls is MixingWeights:
+        weight1, weight2 = parameters['weight1'], parameters['weight2']
+        return weight1.shape == (len(weight1), channels) and weight2.shape == (len(maps), len(weight1))
     if not parameters:
         return True
     if x.numel() == x.shape[1] and uses_batch_statistics(module):
-        return False  # torch's own error
+        return False
+    if cls is nn.BatchNorm2d:
+        channels = x.shape[1]  # of a sum, it normalises the branch
     dtype = wide_dtype(x)
-    return parameters['weight'].dtype == dtype and parameters['bias'].dtype == dtype
+    buffers = module._buffers['running_mean'], module._buffers['running_var']
+    for p in (parameters['weight'], parameters['bias'], *buffers):
+        if p is not None and (p.dtype != dtype or p.device != x.device or p.shape != (channels,)):
+            return False
+    return True
 
 
 def uses_batch_statistics(norm: Optional[nn.BatchNorm2d]) -> bool:
