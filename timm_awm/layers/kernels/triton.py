@@ -37,6 +37,12 @@ def _tile(first, pixels, channel, channels, stride_c, stride_p, BLOCK_P: tl.cons
 
 
 @triton.jit
+def _row(coefficients, row, channel, channels):
+    """Those of the program's channels."""
+    return tl.load(coefficients + row, mask=channel < channels, other=0.)[None, :]
+
+
+@triton.jit
 def _affine(u, v, offset, mask, a, b, c, HAS_V: tl.constexpr):
     """A tile of u and v, and a·u + (b·v + c): forward and backward agree on its sign to the last bit."""
     u_tile = tl.load(u + offset, mask=mask, other=0.).to(tl.float32)
@@ -78,9 +84,9 @@ def _affine_act_kernel(
         HAS_V: tl.constexpr, RELU: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):
     channel, base, row = _program(channels, pixels, BLOCK_C)
-    a_row = tl.load(a + row, mask=channel < channels, other=0.)[None, :]
-    b_row = tl.load(b + row, mask=channel < channels, other=0.)[None, :]
-    c_row = tl.load(c + row, mask=channel < channels, other=0.)[None, :]
+    a_row = _row(a, row, channel, channels)
+    b_row = _row(b, row, channel, channels)
+    c_row = _row(c, row, channel, channels)
     for first in range(0, pixels, BLOCK_P):
         offset, mask = _tile(first, pixels, channel, channels, stride_c, stride_p, BLOCK_P)
         _, _, z = _affine(u + base, v + base, offset, mask, a_row, b_row, c_row, HAS_V)
@@ -95,9 +101,9 @@ def _affine_act_sums_kernel(
         HAS_V: tl.constexpr, RELU: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):
     channel, base, row = _program(channels, pixels, BLOCK_C)
-    a_row = tl.load(a + row, mask=channel < channels, other=0.)[None, :]
-    b_row = tl.load(b + row, mask=channel < channels, other=0.)[None, :]
-    c_row = tl.load(c + row, mask=channel < channels, other=0.)[None, :]
+    a_row = _row(a, row, channel, channels)
+    b_row = _row(b, row, channel, channels)
+    c_row = _row(c, row, channel, channels)
     sum_gu = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     sum_gv = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     sum_g = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
@@ -124,12 +130,12 @@ def _affine_act_grads_kernel(
         HAS_V: tl.constexpr, RELU: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):
     channel, base, row = _program(channels, pixels, BLOCK_C)
-    a_row = tl.load(a + row, mask=channel < channels, other=0.)[None, :]
-    b_row = tl.load(b + row, mask=channel < channels, other=0.)[None, :]
-    c_row = tl.load(c + row, mask=channel < channels, other=0.)[None, :]
-    scale_row = tl.load(scale + row, mask=channel < channels, other=0.)[None, :]
-    shift_row = tl.load(shift + row, mask=channel < channels, other=0.)[None, :]
-    shift_v_row = tl.load(shift_v + row, mask=channel < channels, other=0.)[None, :]
+    a_row = _row(a, row, channel, channels)
+    b_row = _row(b, row, channel, channels)
+    c_row = _row(c, row, channel, channels)
+    scale_row = _row(scale, row, channel, channels)
+    shift_row = _row(shift, row, channel, channels)
+    shift_v_row = _row(shift_v, row, channel, channels)
     for first in range(0, pixels, BLOCK_P):
         offset, mask = _tile(first, pixels, channel, channels, stride_c, stride_p, BLOCK_P)
         u_tile, _, z = _affine(u + base, v + base, offset, mask, a_row, b_row, c_row, HAS_V)
