@@ -48,11 +48,11 @@ def can_fuse(maps: Sequence[Tensor], skipped: Iterable[Tuple[Optional[nn.Module]
         skipped: The modules whose call would be skipped, None if absent, and the class that each must be of. A
             module is trusted only if it is exactly of this class and nothing hangs on its call.
     """
-    first = maps[0]
-    if not _enabled or type(first) is not Tensor:  # proxies, say
+    if not _enabled:
         return False
+    first = maps[0]
     dtype, device = first.dtype, first.device
-    for x in maps:
+    for x in maps:  # before anything is asked that a proxy of torch.fx cannot answer
         if type(x) is not Tensor or x.layout != torch.strided or x.dtype != dtype or x.device != device:
             return False
     if (

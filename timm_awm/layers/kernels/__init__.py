@@ -2,7 +2,8 @@
 
 A map is (batch, channels, height, width), contiguous or channels-last; the maps of a call have one shape, dtype and
 device, and are brought into the memory format of the first. Coefficients and sums are (batch, channels), float32
-(float64 for float64 maps). The kernels compute in that type, and round a map once, to its own. None knows autograd.
+(float64 for float64 maps). The kernels compute in that type, and round a map once, to its own. None takes part in
+autograd.
 
 Each kernel is an operator of `torch.library`, with an implementation in C++ (`cpu`) and one in Triton (`triton`), or in
 plain torch (`formula`) for the coefficients, which stand between two kernels that read maps.
