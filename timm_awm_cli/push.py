@@ -6,8 +6,8 @@ HELP = 'publish a folder on the Hugging Face Hub'
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        'Publishes a folder that timm-awm export or timm_awm.hub.save_for_hub wrote, in one commit, then fetches it '
-        'back and compares. A new repository is private. Log in with hf auth login.')
+        'Publishes a folder that timm-awm export or timm_awm.hub.save_for_hub wrote, in one commit, and compares '
+        'every file with its hash on the Hub. A new repository is private. Log in with hf auth login.')
     parser.epilog = 'Example: timm-awm push awm_resnet20_cifar.t3_c10 me/awm_resnet20_cifar.t3_c10'
     parser.add_argument('folder', type=Path, metavar='FOLDER')
     parser.add_argument('repo_id', metavar='REPO_ID', help='OWNER/NAME, or NAME of yours')
@@ -20,4 +20,4 @@ def run(args: argparse.Namespace) -> None:
     from timm_awm import hub
     url = hub.push(
         args.folder, args.repo_id, private=not args.public, revision=args.revision, create_pr=args.create_pr)
-    print(f'{args.folder}: published, fetched back and compared: {url}')
+    print(f'{args.folder}: published and compared: {url}')

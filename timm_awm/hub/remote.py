@@ -1,16 +1,12 @@
 """To the Hugging Face Hub and back, compared."""
-import filecmp
 import re
 import shutil
 import tempfile
 from contextlib import contextmanager
-from hashlib import sha256
 from pathlib import Path
-from typing import Iterator, List, NamedTuple, Optional, Union
+from typing import Iterator, NamedTuple, Optional, Union
 
 from huggingface_hub import HfApi, constants
-from huggingface_hub.hf_api import RepoFile
-from huggingface_hub.utils.sha import git_hash
 from torch import nn
 
 from .. import __version__
@@ -31,7 +27,7 @@ def push(
         revision: Optional[str] = None,
         create_pr: bool = False,
 ) -> str:
-    """Publishes a Hub folder in one commit, fetches it back and compares every file.
+    """Publishes a Hub folder in one commit, and compares every file with its hash on the Hub.
 
     Nothing is uploaded if the folder's model cannot be built and loaded. A repository that does not exist is created;
     one that exists keeps its visibility and its other files. Given again after a failure, it completes.
@@ -49,7 +45,7 @@ def push(
     Raises:
         FileNotFoundError: The folder has no card.
         ValueError: The folder does not hold a whole model.
-        RuntimeError: The Hub cannot be reached, refuses, or gave back something else.
+        RuntimeError: The Hub cannot be reached, refuses, or keeps something else.
     """
     folder = Path(folder)
     load_folder(folder)
@@ -72,17 +68,13 @@ def push(
             commit_message=f'{folder.resolve().name}, by timm-awm push',
             delete_patterns=[name for name in PUBLISHED if name not in names],  # of earlier weights
         )
-        fetched = api.snapshot_download(
-            repo_id,
-            revision=commit.pr_revision or commit.oid,
-            cache_dir=Path(temporary, 'cache'),
-            allow_patterns=names,
-        )
-        _, different, missing = filecmp.cmpfiles(staged, fetched, names, shallow=False)
-    if different or missing:
+        kept = api.verify_repo_checksums(
+            repo_id, revision=commit.pr_revision or commit.oid, local_dir=staged)
+    different = [*kept.extra_paths, *(mismatch['path'] for mismatch in kept.mismatches)]
+    if different:
         raise RuntimeError(
-            f'{repo_id} was written, but gives back something else for {", ".join(different + missing)}: push again, '
-            f'and do not use what is there now ({commit.commit_url}).')
+            f'{repo_id} was written, but the Hub keeps something else for {", ".join(different)}: push again, and do '
+            f'not use what is there now ({commit.commit_url}).')
     return commit.pr_url or commit.commit_url
 
 
@@ -119,9 +111,14 @@ def pull(
         cached = Path(api.snapshot_download(
             repo_id, revision=revision, allow_patterns=PUBLISHED, local_files_only=not verified))
         commit = cached.name
-        if verified:
-            tree = api.list_repo_tree(repo_id, revision=commit)
-            _verify(cached, [entry for entry in tree if isinstance(entry, RepoFile) and entry.path in PUBLISHED])
+        # without any of our files there is no folder
+        kept = api.verify_repo_checksums(repo_id, revision=commit) if verified and cached.is_dir() else None
+    damaged = [mismatch['path'] for mismatch in kept.mismatches] if kept else []
+    for name in damaged:
+        (cached / name).resolve().unlink()
+        (cached / name).unlink(missing_ok=True)
+    if damaged:
+        raise RuntimeError(f'{", ".join(damaged)} came damaged from the Hub, and is out of the cache: try again.')
     if output is None:
         return Pulled(cached, load_folder(cached), commit, verified)
     with new_folder(Path(output)) as partial:
@@ -136,18 +133,6 @@ def _copy_published(source: Path, goal: Path) -> Path:
         if (source / name).is_file():
             shutil.copyfile(source / name, goal / name)
     return goal
-
-
-def _verify(folder: Path, infos: List[RepoFile]) -> None:
-    """Compares files in the Hub's cache with their hashes, and removes a damaged one."""
-    for info in infos:
-        path = folder / info.path
-        content = path.read_bytes()
-        if (sha256(content).hexdigest() == info.lfs.sha256) if info.lfs else (git_hash(content) == info.blob_id):
-            continue
-        path.resolve().unlink()
-        path.unlink(missing_ok=True)
-        raise RuntimeError(f'{info.path} came damaged from the Hub, and has been removed from the cache: try again.')
 
 
 @contextmanager
