@@ -79,12 +79,19 @@ def git(*args: str) -> str:
     return subprocess.run(['git', *args], cwd=HUB.parent, check=True, text=True, capture_output=True).stdout.strip()
 
 
+def read_yaml(path: Path) -> Dict[str, Any]:
+    return yaml.safe_load(path.read_text(encoding='utf-8'))
+
+
 def keep(folder: Path) -> None:
     """Copies what is left of a finished run: its recipe and what differs from it, versions, every epoch, the test."""
     trained = TrainingRun(folder)
     origin = json.loads((folder / 'origin.json').read_text(encoding='utf-8'))
-    recipe, different = trained.recipe()
-    keys = {*different, *origin.pop('flags', ()), 'seed'} & trained.args.keys() - MACHINE
+    different = {
+        path: [key for key, value in read_yaml(path).items() if trained.args.get(key) != value]
+        for path in scripts.recipes().values()}
+    recipe = min(different, key=lambda path: len(different[path]))
+    keys = {*different[recipe], *origin.pop('flags', ()), 'seed'} & trained.args.keys() - MACHINE
     record = {
         'recipe': f'{recipe.parent.name}/{recipe.stem}',
         'data': trained.data()[0].rpartition('/')[2],
@@ -119,8 +126,7 @@ def setting(args: Dict[str, Any]) -> str:
 def row(folder: Path) -> Dict[str, Any]:
     """A line of the CSV: timm's columns, then ours."""
     record = json.loads((folder / 'run.json').read_text(encoding='utf-8'))
-    recipe = yaml.safe_load(scripts.find_recipe(record['recipe']).read_text(encoding='utf-8'))
-    args = {**recipe, **record['overrides']}
+    args = {**read_yaml(scripts.find_recipe(record['recipe'])), **record['overrides']}
     test = json.loads((folder / 'test.json').read_text(encoding='utf-8'))
     summary = TrainingRun(folder).summary
     evaluated = {epoch: float(line['eval_top1']) for epoch, line in summary.items()}

@@ -14,6 +14,8 @@ from typing import Any, Dict, List, NoReturn, Optional, Sequence
 import torch
 import yaml
 
+from .hub.run import TrainingRun
+
 __all__ = ['find_recipe', 'find_script', 'recipes', 'run_train', 'run_with_plugin']
 
 VERSION = '1.0.28'  # the newest tag of timm whose scripts timm_awm was tested with
@@ -137,7 +139,6 @@ def run_train(
             raise ValueError('--resume auto needs --experiment NAME, for without it each start makes a new folder.')
         if any(arg.partition('=')[0] == '--start-epoch' for arg in args):
             raise ValueError('--resume auto takes the epoch from the checkpoint: leave --start-epoch out.')
-        from .hub.run import TrainingRun  # which names recipes by this file
         folder = Path(output or defaults.get('output') or 'output/train', str(name))
         checkpoint = TrainingRun(folder).last_checkpoint()
         _say(f'resumes from {checkpoint}' if checkpoint else 'has no checkpoint to resume from, starts the run')

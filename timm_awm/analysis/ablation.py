@@ -1,13 +1,13 @@
 """What accuracy a trained network loses when its merges are held constant."""
 from contextlib import contextmanager
-from typing import Any, Callable, Dict, Iterator, Mapping, NamedTuple, Optional, Sequence
+from typing import ContextManager, Dict, Iterator, Mapping, NamedTuple, Optional, Sequence
 
 import torch
 from matplotlib.figure import Figure
-from timm.utils import unwrap_model
 from torch import Tensor, nn
 
 from ..layers import MixingWeights
+from ..layers.record import find_merges, hook_merges
 from .observe import Batches, eval_mode
 from .profile import depth_figure, label_merges
 
@@ -33,7 +33,7 @@ def identity_merges(model: nn.Module, names: Optional[Sequence[str]] = None) -> 
     Raises:
         ValueError: The model has no merge, or none of such a name.
     """
-    mixes = _mixing_weights(model)
+    mixes = find_merges(model)
     names = list(mixes) if names is None else names
     for name in names:
         if name not in mixes:
@@ -54,7 +54,7 @@ def ablate(model: nn.Module, batches: Batches, lambdas: Mapping[str, Tensor]) ->
         ValueError: The model has no merge, λ of a merge is not given, or there are no images.
     """
     device = next(model.parameters()).device
-    mixes = _mixing_weights(model)
+    mixes = find_merges(model)
     missing = mixes.keys() - lambdas.keys()
     if missing:
         raise ValueError(f'The mixing weights of the merges {sorted(missing)} are not given.')
@@ -96,27 +96,6 @@ def plot_ablations(models: Mapping[str, Ablation]) -> Figure:
     return figure
 
 
-def _mixing_weights(model: nn.Module) -> Dict[str, MixingWeights]:
-    mixes = {
-        name.removesuffix('.mix'): module
-        for name, module in unwrap_model(model).named_modules()
-        if isinstance(module, MixingWeights)
-    }
-    if not mixes:
-        raise ValueError(f'{type(model).__name__} has no AWM merge.')
-    return mixes
-
-
-@contextmanager
-def _constant_merges(mixes: Mapping[str, MixingWeights], scales: Mapping[str, Tensor]) -> Iterator[None]:
+def _constant_merges(mixes: Mapping[str, MixingWeights], scales: Mapping[str, Tensor]) -> ContextManager[None]:
     """Inside the `with` block merges have the given n · λ, (paths,), for every image."""
-    def hook_of(constant: Tensor) -> Callable[[nn.Module, Any, Tensor], Tensor]:
-        return lambda module, args, own: constant.to(own).expand_as(own)
-
-    handles = [mixes[name].register_forward_hook(hook_of(constant)) for name, constant in scales.items()]
-    try:
-        with torch.compiler.set_stance('force_eager'):  # compiled code would not call the hooks
-            yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    return hook_merges({name: mixes[name] for name in scales}, lambda name, _, own: scales[name].to(own).expand_as(own))

@@ -17,7 +17,6 @@ import yaml
 from timm.data import create_dataset, resolve_data_config
 from timm.models import clean_state_dict
 
-from .. import scripts
 from ..utils import new_folder
 from .card import Measured, Training, write_card
 from .folder import NEEDS, write_model
@@ -98,14 +97,6 @@ class TrainingRun:
         if which == 'last':
             return self.last_checkpoint() or self.folder / 'last.pth.tar'
         return self.folder / 'model_best.pth.tar' if which == 'best' else Path(which)
-
-    def recipe(self) -> Tuple[Path, List[str]]:
-        """The recipe of this package from which the run differs in the fewest keys, and these keys."""
-        candidates = []
-        for path in scripts.recipes().values():
-            recipe = yaml.safe_load(path.read_text(encoding='utf-8'))
-            candidates.append((path, [key for key, value in recipe.items() if self.args.get(key) != value]))
-        return min(candidates, key=lambda candidate: len(candidate[1]))
 
     def data(self) -> Tuple[str, Optional[str]]:
         """The name of the data set, and that on the Hub if it came from there."""

@@ -1,6 +1,6 @@
 """Reading λ out of a model."""
 from contextlib import contextmanager
-from typing import Any, Callable, Dict, Iterator
+from typing import Callable, Dict, Iterator, Mapping, Optional
 
 import torch
 from timm.utils import unwrap_model
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from .mixing import MixingWeights
 
-__all__ = ['record_mixing_weights']
+__all__ = ['find_merges', 'hook_merges', 'record_mixing_weights']
 
 
 @contextmanager
@@ -34,6 +34,21 @@ def record_mixing_weights(model: nn.Module) -> Iterator[Dict[str, Tensor]]:
     Raises:
         ValueError: The model has no merge; TorchScript and exported programs have lost theirs.
     """
+    lambdas: Dict[str, Tensor] = {}
+
+    def keep(name: str, mix: MixingWeights, scales: Tensor) -> None:
+        lambdas[name] = scales / mix.num_paths
+
+    with hook_merges(find_merges(model), keep):
+        yield lambdas
+
+
+def find_merges(model: nn.Module) -> Dict[str, MixingWeights]:
+    """What infers λ in each merge of a model, itself or wrapped, by the name of the merge.
+
+    Raises:
+        ValueError: The model has no merge.
+    """
     mixes = {
         name.removesuffix('.mix'): module
         for name, module in unwrap_model(model).named_modules()
@@ -43,17 +58,27 @@ def record_mixing_weights(model: nn.Module) -> Iterator[Dict[str, Tensor]]:
         raise ValueError(
             f'{type(model).__name__} has no AWM merge to read mixing weights from: '
             'create an awm_* model, not scripted, not exported, and without awm=False.')
-    lambdas: Dict[str, Tensor] = {}
+    return mixes
 
-    def keep(name: str) -> Callable[..., None]:
-        def hook(module: MixingWeights, args: Any, scales: Tensor) -> None:
-            lambdas[name] = scales / module.num_paths
-        return hook
 
-    handles = [mix.register_forward_hook(keep(name)) for name, mix in mixes.items()]
+@contextmanager
+def hook_merges(
+        mixes: Mapping[str, MixingWeights],
+        hook: Callable[[str, MixingWeights, Tensor], Optional[Tensor]],
+) -> Iterator[None]:
+    """Inside the `with` block calls hook(name, module, n · λ) in every forward pass; what it returns is taken instead.
+
+    Args:
+        mixes: As from `find_merges`.
+        hook: Gets and returns (batch, paths); None changes nothing.
+    """
+    def hook_of(name: str) -> Callable[..., Optional[Tensor]]:
+        return lambda module, args, scales: hook(name, module, scales)
+
+    handles = [mix.register_forward_hook(hook_of(name)) for name, mix in mixes.items()]
     try:
         with torch.compiler.set_stance('force_eager'):  # compiled code would not call the hooks
-            yield lambdas
+            yield
     finally:
         for handle in handles:
             handle.remove()

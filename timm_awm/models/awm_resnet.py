@@ -154,38 +154,17 @@ class CifarResNet(ResNet):
                     block.zero_init_last()
 
     def forward_intermediates(
-            self,
-            x: Tensor,
-            indices: Optional[Union[int, List[int]]] = None,
-            norm: bool = False,
-            stop_early: bool = False,
-            output_fmt: str = 'NCHW',
-            intermediates_only: bool = False,
+            self, x: Tensor, indices: Optional[Union[int, List[int]]] = None, **kwargs: Any,
     ) -> Union[List[Tensor], Tuple[Tensor, List[Tensor]]]:
         """As `timm.models.ResNet.forward_intermediates`, for the stem and three stages."""
-        return super().forward_intermediates(
-            x,
-            indices=feature_take_indices(4, indices)[0],
-            norm=norm,
-            stop_early=stop_early,
-            output_fmt=output_fmt,
-            intermediates_only=intermediates_only,
-        )
+        return super().forward_intermediates(x, feature_take_indices(4, indices)[0], **kwargs)
 
     def prune_intermediate_layers(
-            self,
-            indices: Union[int, List[int]] = 1,
-            prune_norm: bool = False,
-            prune_head: bool = True,
-    ) -> List[int]:
+            self, indices: Union[int, List[int]] = 1, prune_norm: bool = False, prune_head: bool = True) -> List[int]:
         """As `timm.models.ResNet.prune_intermediate_layers`, for the stem and three stages."""
         taps, last = feature_take_indices(4, indices)
-        for i in range(last + 1, 4):
-            setattr(self, f'layer{i}', nn.Sequential())
-        if last < 3:
-            self.num_features = self.head_hidden_size = self.feature_info[last]['num_chs']
-        if prune_head or last < 3:
-            self.reset_classifier(0, '')
+        if last < 3 or prune_head:
+            super().prune_intermediate_layers(taps, prune_norm, prune_head)
         return taps
 
 
