@@ -1,25 +1,22 @@
 """The whole way of an AWM model in about a minute: train, save, load, look inside. Offline, on a CPU."""
 from pathlib import Path
-from typing import Any, Dict, Tuple
+from typing import Tuple
 
 import matplotlib
 import timm
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
-from timm.data import create_loader, resolve_data_config
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import AverageMeter, CheckpointSaver, accuracy, random_seed, update_summary
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Subset, TensorDataset
 from tqdm import tqdm
 
 from .analysis import collect_mixing_weights, plot_profile
 from .hub import save_for_hub
-from .train_script import pad4_crop
 from .utils import new_folder
 
 matplotlib.use('Agg')  # before pyplot is imported, for machines without a screen
@@ -28,27 +25,7 @@ import matplotlib.pyplot as plt
 __all__ = ['run']
 
 MODEL = 'awm_resnet14_cifar'
-DIGITS_CFG: Dict[str, Any] = dict(input_size=(1, 32, 32), mean=(0.308,), std=(0.349,), num_classes=10, tag='digits')
-
-
-class Digits(Dataset):
-    """Handwritten digits in the form that timm's loader expects.
-
-    Args:
-        images: (images, 8, 8), from 0 to 16.
-        labels: (images,).
-    """
-
-    def __init__(self, images: Any, labels: Any) -> None:
-        self.images = [Image.fromarray((image * (255 / 16)).astype('uint8')).resize((32, 32)) for image in images]
-        self.labels = labels
-        self.transform: Any = None  # set by timm's create_loader
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> Tuple[Tensor, int]:
-        return self.transform(self.images[index]), int(self.labels[index])
+MEAN, STD = 0.305, 0.376  # of all pixels
 
 
 def run(output: Path, epochs: int = 12, period: int = 2, seed: int = 0) -> None:
@@ -71,8 +48,9 @@ def run(output: Path, epochs: int = 12, period: int = 2, seed: int = 0) -> None:
 
 def _run(output: Path, epochs: int, period: int, seed: int) -> None:
     random_seed(seed)
-    model = timm.create_model(MODEL, pretrained_cfg_overlay=DIGITS_CFG)
-    train, test = _loaders(model, seed)
+    model = timm.create_model(MODEL, pretrained_cfg_overlay=dict(
+        input_size=(1, 32, 32), mean=(MEAN,), std=(STD,), num_classes=10, tag='digits'))
+    train, test = _loaders(seed)
     optimizer = create_optimizer_v2(
         model, opt='alternating', base='sgd', period=period, lr=0.05, weight_decay=1e-4, filter_bias_and_bn=False)
     scheduler, _ = create_scheduler_v2(optimizer, sched='cosine', num_epochs=epochs)
@@ -107,18 +85,12 @@ def _run(output: Path, epochs: int, period: int, seed: int) -> None:
     plt.close(figure)
 
 
-def _loaders(model: nn.Module, seed: int) -> Tuple[DataLoader, DataLoader]:
+def _loaders(seed: int) -> Tuple[DataLoader, DataLoader]:
     digits = load_digits()
-    x_train, x_test, y_train, y_test = train_test_split(
-        digits.images, digits.target, test_size=360, random_state=seed, stratify=digits.target)
-    config = resolve_data_config({}, model=model)
-    common = dict(
-        input_size=config['input_size'], mean=config['mean'], std=config['std'], crop_pct=config['crop_pct'],
-        batch_size=64, num_workers=0, persistent_workers=False, use_prefetcher=False)
-    train = create_loader(
-        Digits(x_train, y_train), is_training=True, hflip=0., color_jitter=None, **common)
-    train.dataset.transform.transforms[:1] = pad4_crop(config['input_size'][1:])
-    return train, create_loader(Digits(x_test, y_test), **common)
+    images = (torch.tensor(digits.images[:, None], dtype=torch.float32) / 16 - MEAN) / STD
+    data = TensorDataset(F.interpolate(images, size=32, mode='bilinear'), torch.tensor(digits.target))
+    train, test = train_test_split(range(len(data)), test_size=360, random_state=seed, stratify=digits.target)
+    return DataLoader(Subset(data, train), batch_size=64, shuffle=True), DataLoader(Subset(data, test), batch_size=64)
 
 
 def _train_one_epoch(model: nn.Module, loader: DataLoader, optimizer: torch.optim.Optimizer, description: str) -> float:
@@ -142,6 +114,5 @@ def _logits(model: nn.Module, loader: DataLoader) -> Tensor:
 
 
 def _evaluate(model: nn.Module, loader: DataLoader) -> float:
-    labels = torch.cat([labels for _, labels in loader])
-    top1, = accuracy(_logits(model, loader), labels)
+    top1, = accuracy(_logits(model, loader), torch.cat([labels for _, labels in loader]))
     return top1.item()
