@@ -2,7 +2,6 @@
 from pathlib import Path
 from typing import Tuple
 
-import matplotlib
 import timm
 import torch
 import torch.nn.functional as F
@@ -15,12 +14,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
 from tqdm import tqdm
 
-from .analysis import collect_mixing_weights, plot_profile
+from .analysis import collect_mixing_weights, plot_profiles
 from .hub import save_for_hub
 from .utils import new_folder
-
-matplotlib.use('Agg')  # before pyplot is imported, for machines without a screen
-import matplotlib.pyplot as plt
 
 __all__ = ['run']
 
@@ -76,13 +72,8 @@ def _run(output: Path, epochs: int, period: int, seed: int) -> None:
         raise RuntimeError('The model that was saved and loaded back does not predict the same.')
     print("Saved in the Hub's format, loaded back with timm.create_model('local-dir:...'): the same predictions")
 
-    figure, ax = plt.subplots(figsize=(8, 5), layout='constrained')
-    plot_profile(collect_mixing_weights(reloaded, (images for images, _ in test)), ax)
-    ax.axhline(0.5, color='gray', linestyle='--', label='plain ResNet: both weigh the same')
-    ax.set_title(f'How {MODEL} weighs convolutions against shortcuts\non {len(test.dataset)} held-out digits')  # type: ignore[arg-type]
-    ax.legend()
-    figure.savefig(output / 'lambda-profile.png', dpi=120)
-    plt.close(figure)
+    lambdas = collect_mixing_weights(reloaded, (images for images, _ in test))
+    plot_profiles({f'{MODEL} on held-out digits': lambdas}).savefig(output / 'lambda-profile.png', dpi=120)
 
 
 def _loaders(seed: int) -> Tuple[DataLoader, DataLoader]:
