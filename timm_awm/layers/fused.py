@@ -117,61 +117,30 @@ def _update_running(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor, count: int)
     norm.running_var.lerp_(var * (count / (count - 1)), momentum)
 
 
-def _plain(u: Tensor, v: Optional[Tensor], *args: Any) -> Tensor:
-    *inputs, relu = args
-    dtype = wide_dtype(u)
-    var, mean = torch.var_mean(u.to(dtype), (2, 3), correction=0)
-    other = None if v is None else v.mean((2, 3), dtype=dtype)
-    batch = inputs[4] is None
-    (a, c, *b), _ = formula.coefficients(mean, var if batch else None, other, *inputs)
-    y = a[:, :, None, None] * u + c[:, :, None, None]
-    if v is not None:
-        y = y + b[0][:, :, None, None] * v
-    y = y.to(u.dtype)
-    return y.relu() if relu else y
-
-
-def _coefficients(u: Tensor, v: Optional[Tensor], *inputs: Any) -> Tuple[Any, ...]:
-    """a, b and c of affine_act; the mean and variance that BatchNorm uses; the moments of the maps."""
-    mean, var = kernels.moments(u, inputs[4] is None)
-    other = None if v is None else kernels.moments(v, False)[0]
-    (a, c, *b), stats = kernels.coefficients(mean, var, other, *inputs)
-    return a, b[0] if b else None, c, stats, mean, var, other
-
-
 class _FusedMerge(Function):
-    """act(a · u + b · v + c), and the mean and variance that BatchNorm uses."""
+    """`kernels.merge` and the mean and the variance that BatchNorm uses."""
 
     @staticmethod
-    def forward(ctx: Any, u: Tensor, v: Optional[Tensor], *args: Any) -> Tuple[Tensor, Tensor]:
-        *inputs, relu = args
-        a, b, c, stats, *of_maps = _coefficients(u, v, *inputs)
-        ctx.options = args[-3:]
-        ctx.save_for_backward(u, v, *args[:-3], a, b, c, *of_maps)
+    def forward(ctx: Any, *args: Any) -> Tuple[Tensor, Tensor]:
+        y, saved, stats = kernels.merge(*args)
+        ctx.save_for_backward(*args[:8], saved)
+        ctx.options = args[8:]
         ctx.mark_non_differentiable(stats)
-        return kernels.affine_act(u, v, a, b, c, relu), stats
+        return y, stats
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Any) -> Tuple[Optional[Tensor], ...]:
-        u, v, *inputs, a, b, c, mean, var, other = ctx.saved_tensors
-        needed = ctx.needs_input_grad
+        *inputs, saved = ctx.saved_tensors
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             # it is itself differentiated (create_graph=True): autograd's, of the plain formula. The inputs are aliases,
             # for one may be computed from another
-            aliases: List[Any] = [x if x is None else x.view_as(x) for x in (u, v, *inputs)]
+            aliases: List[Any] = [x if x is None else x.view_as(x) for x in inputs]
+            needed = ctx.needs_input_grad
             results: Any = iter(torch.autograd.grad(
-                _plain(*aliases, *ctx.options), [x for x, need in zip(aliases, needed) if need], grad,
+                formula.merge(*aliases, *ctx.options), [x for x, need in zip(aliases, needed) if need], grad,
                 create_graph=True, allow_unused=True))
             return tuple(next(results) if need else None for need in needed)
-        eps, channels, relu = ctx.options
-        sums = kernels.affine_act_sums(grad, u, v, a, b, c, relu)
-        (scale, shift, *shift_v), *grads = kernels.coefficients_backward(
-            sums, u.shape[2] * u.shape[3], mean, var, other, *inputs, eps, channels)
-        of_maps: Tuple[Optional[Tensor], ...] = (None, None)
-        if needed[0] or needed[1]:
-            of_maps = kernels.affine_act_grads(
-                grad, u, v, a, b, c, scale, shift, shift_v[0] if shift_v else None, relu)
-        return *(x if need else None for x, need in zip((*of_maps, *grads), needed)), *5 * [None]
+        return *kernels.merge_backward(grad, saved, *inputs, *ctx.options), *5 * [None]
 
 
 def fused_merge(
@@ -196,15 +165,7 @@ def fused_merge(
         own, buffers = norm._parameters, norm._buffers
         running = (None, None) if uses_batch_statistics(norm) else (buffers['running_mean'], buffers['running_var'])
         args = *weights, own['weight'], own['bias'], *running, norm.eps, channels
-    if torch.is_grad_enabled():
-        y, stats = _FusedMerge.apply(u, v, *args, relu)
-    else:
-        a, b, c, stats, *_ = _coefficients(u, v, *args)
-        if v is None:
-            kernels.affine_act_(u, a, c, relu)
-            y = u
-        else:
-            y = kernels.affine_act(u, v, a, b, c, relu)
+    y, stats = _FusedMerge.apply(u, v, *args, relu)
     if norm is not None:
         _update_running(norm, stats[0], stats[1], len(u) * u.shape[2] * u.shape[3])
     return y

@@ -1,8 +1,8 @@
-// The kernels for CPUs; __init__.py documents them. Compiled when first used, for one type of maps at a time: cpu.py defines
-// MAP, its type, and WIDE, that of sums and coefficients.
+// A merge on CPUs, forward and backward: docs/method.md. Compiled when first used, for one type of maps at a time: cpu.py
+// defines MAP, its type, and WIDE, that of sums and coefficients.
 //
-// A map is N images of C channels and P pixels, of type T; coefficients and sums are (N, C), of type A. Elements of maps
-// are computed in A and rounded once.
+// A map is N images of C channels and P pixels; coefficients and sums are (N, C). Elements of maps are computed in WIDE
+// and rounded once.
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC optimize("tree-loop-vectorize")  // torch.compile, which vectorises by itself, switches it off
 #endif
@@ -31,6 +31,9 @@ struct bfloat16 {
     }
 };
 
+using T = MAP;
+using A = WIDE;
+
 struct Shape {
     int64_t N, C, P;
     bool last;  // channels last, else contiguous
@@ -51,7 +54,7 @@ struct Rows {
     Lanes lanes;
 };
 
-template <int O, typename A, typename Lanes, typename Body>
+template <int O, typename Lanes, typename Body>
 static void in_blocks(const Rows<Lanes>& r, const A** in, A** out, const Body& body) {
     std::vector<A> totals(r.rows > BLOCK ? O * r.lanes : 0);
     for (int64_t row = 0; row < r.rows; row += BLOCK) {
@@ -71,7 +74,7 @@ static void in_blocks(const Rows<Lanes>& r, const A** in, A** out, const Body& b
 
 // A row is several pixels of a few channels. Coefficients are repeated for each; lanes of the same channel are added up
 // in the end, in an order that no compiler and no choice of outputs changes.
-template <int CAP, int I, int O, typename A, typename Channels, typename Lanes, typename Body>
+template <int CAP, int I, int O, typename Channels, typename Lanes, typename Body>
 static void in_packed_rows(
         int64_t offset, int64_t pixels, Channels channels, Lanes lanes, const A* const (&inputs)[I],
         A* const (&outputs)[O], int64_t coef, const Body& body) {
@@ -103,7 +106,7 @@ static void in_packed_rows(
 // Calls body(rows, coefficients, sums) for all of a map. Of every input and output, (N, C), body gets an array of as many
 // elements as a row has lanes, and adds to the outputs. Channels last, a row is a pixel and a lane a channel. But few
 // channels last, and the plane of a channel, are packed.
-template <int I, int O, typename A, typename Body>
+template <int I, int O, typename Body>
 static void for_rows(const Shape& s, const A* const (&inputs)[I], A* const (&outputs)[O], const Body& body) {
     // an image at a time reads memory in order; fewer images than threads are cut into bands of channels
     const bool packed = s.C <= 32;
@@ -134,7 +137,7 @@ static void for_rows(const Shape& s, const A* const (&inputs)[I], A* const (&out
     }
 }
 
-template <bool with_var, typename T, typename A>
+template <bool with_var>
 static void moments(const Shape& s, const T* x, A* mean, A* var) {
     // of deviations from something near the mean, for E[x²] - E[x]² loses all digits where the mean is large
     std::vector<A> shift(s.N * s.C);
@@ -149,7 +152,7 @@ static void moments(const Shape& s, const T* x, A* mean, A* var) {
             }
         }
     }
-    for_rows<1, 2, A>(s, {shift.data()}, {mean, with_var ? var : nullptr}, [=](auto r, const A** in, A** out) {
+    for_rows<1, 2>(s, {shift.data()}, {mean, with_var ? var : nullptr}, [=](auto r, const A** in, A** out) {
         const A* shift = in[0];
         A *sum = out[0], *squares = out[1];
         const T* x_ = x + r.offset;
@@ -170,88 +173,33 @@ static void moments(const Shape& s, const T* x, A* mean, A* var) {
 }
 
 // The same expression forward and backward, so that both agree on where the ReLU is active.
-template <bool two, typename A>
+template <bool two>
 static inline A affine(A a, A u, A b, A v, A c) { return two ? a * u + (b * v + c) : a * u + c; }
 
-template <bool two, bool relu, typename T, typename A>
-static void affine_act(const Shape& s, const T* u, const T* v, const A* a, const A* b, const A* c, T* y) {
-    for_rows<3, 1, A>(s, {a, two ? b : a, c}, {nullptr}, [=](auto r, const A** in, A**) {
-        const A *a = in[0], *b = in[1], *c = in[2];
-        const T *u_ = u + r.offset, *v_ = two ? v + r.offset : u_;
-        T* y_ = y + r.offset;
-        for (int64_t row = 0; row < r.rows; ++row, u_ += r.stride, v_ += r.stride, y_ += r.stride) {
-            #pragma omp simd
-            for (int64_t i = 0; i < r.lanes; ++i) {
-                const A t = affine<two>(a[i], A(u_[i]), b[i], A(v_[i]), c[i]);
-                y_[i] = relu && t <= 0 ? A(0) : t;  // NaN passes, as in torch
-            }
-        }
-    });
-}
-
-template <bool two, bool relu, typename T, typename A>
-static void affine_act_sums(
-        const Shape& s, const T* grad, const T* u, const T* v, const A* a, const A* b, const A* c,
-        A* grad_a, A* grad_b, A* grad_c) {
-    for_rows<3, 3, A>(
-            s, {a, two ? b : a, c}, {grad_a, two ? grad_b : nullptr, grad_c}, [=](auto r, const A** in, A** out) {
-        const A *a = in[0], *b = in[1], *c = in[2];
-        A *sum_a = out[0], *sum_b = out[1], *sum_c = out[2];
-        const T *grad_ = grad + r.offset, *u_ = u + r.offset, *v_ = two ? v + r.offset : u_;
-        for (int64_t row = 0; row < r.rows; ++row, grad_ += r.stride, u_ += r.stride, v_ += r.stride) {
-            #pragma omp simd
-            for (int64_t i = 0; i < r.lanes; ++i) {
-                const A t = affine<two>(a[i], A(u_[i]), b[i], A(v_[i]), c[i]);
-                const A g = relu && t <= 0 ? A(0) : A(grad_[i]);
-                sum_a[i] += g * A(u_[i]);
-                if (two) sum_b[i] += g * A(v_[i]);
-                sum_c[i] += g;
-            }
-        }
-    });
-}
-
-template <bool two, bool relu, typename T, typename A>
-static void affine_act_grads(
-        const Shape& s, const T* grad, const T* u, const T* v, const A* a, const A* b, const A* c,
-        const A* scale, const A* shift, const A* shift_v, T* grad_u, T* grad_v) {
-    for_rows<6, 1, A>(
-            s, {a, two ? b : a, c, scale, shift, two ? shift_v : a}, {nullptr}, [=](auto r, const A** in, A**) {
-        const A *a = in[0], *b = in[1], *c = in[2], *scale = in[3], *shift = in[4], *shift_v = in[5];
-        const T *grad_ = grad + r.offset, *u_ = u + r.offset, *v_ = two ? v + r.offset : u_;
-        T *grad_u_ = grad_u + r.offset, *grad_v_ = two ? grad_v + r.offset : nullptr;
-        for (int64_t row = 0; row < r.rows; ++row) {
-            #pragma omp simd
-            for (int64_t i = 0; i < r.lanes; ++i) {
-                const A t = affine<two>(a[i], A(u_[i]), b[i], A(v_[i]), c[i]);
-                const A g = relu && t <= 0 ? A(0) : A(grad_[i]);
-                grad_u_[i] = a[i] * g + (scale[i] * A(u_[i]) + shift[i]);
-                if (two) grad_v_[i] = b[i] * g + shift_v[i];
-            }
-            grad_ += r.stride, u_ += r.stride, v_ += r.stride, grad_u_ += r.stride;
-            if (two) grad_v_ += r.stride;
-        }
-    });
-}
-
-// What lies between moments and affine_act: docs/method.md. Arrays are (N, C), (N, D) and so on.
-template <typename A>
-struct Coefficients {
+// Arrays are (N, C), (N, D) and so on.
+struct Merge {
     A eps;
     const int64_t* sizes;
-    const A* const* in;
+    const void* const* in;
+    A* saved;  // a, b, c and the moments of the maps, (6, N, C)
 
-    // images, channels of u and of all paths, hidden features, paths; channels: of each path
-    int64_t N = sizes[0], C = sizes[1], D = sizes[2], E = sizes[3], K = sizes[4], threads = sizes[5], P = sizes[6];
-    const int64_t* channels = sizes + 7;
-    const A *mean = in[0], *var = in[1], *other = in[2], *w1 = in[3], *w2 = in[4], *gamma = in[5], *beta = in[6];
-    const A *running_mean = in[7], *running_var = in[8];
+    // hidden features, paths, channels of each path
+    const Shape s{sizes[0], sizes[1], sizes[2], sizes[3] != 0, sizes[4]};
+    const bool relu = sizes[5];
+    const int64_t N = s.N, C = s.C, E = sizes[6], K = sizes[7], *channels = sizes + 8;
+    const T *u = (const T*)in[0], *v = (const T*)in[1];
+    const A *w1 = array(2), *w2 = array(3), *gamma = array(4), *beta = array(5);
+    const A *running_mean = array(6), *running_var = array(7);
+    A *a = saved, *b = a + N * C, *c = b + N * C, *mean = c + N * C, *var = mean + N * C, *other = var + N * C;
+    const int64_t D = v ? 2 * C : C;  // features
 
     using Array = std::vector<A>;
     Array mu = Array(C), sigma2 = Array(C), k = Array(C), t = Array(C);  // BatchNorm is k·x + t
     Array z = Array(N * D), h = Array(N * E), scale = Array(N * K), slope = Array(N * K);  // slope: of log σ
     Array w = Array(N * C);  // of u's channels, the scale of their path
-    Array weighed_mean = Array(other ? 0 : N * C), weighed_var = Array(other || !var ? 0 : N * C);
+    Array weighed_mean = Array(v ? 0 : N * C), weighed_var = Array(v || running_mean ? 0 : N * C);
+
+    const A* array(int i) const { return (const A*)in[i]; }
 
     bool is_small() const { return N * D * E < 65536; }
 
@@ -272,6 +220,23 @@ struct Coefficients {
         }
     }
 
+    template <typename Body>
+    void with_constants(const Body& body) const {  // whether there are two maps, and a ReLU
+        const std::true_type yes;
+        const std::false_type no;
+        v ? relu ? body(yes, yes) : body(yes, no) : relu ? body(no, yes) : body(no, no);
+    }
+
+    void forward(T* y, A* stats) {
+        running_mean ? moments<false>(s, u, mean, nullptr) : moments<true>(s, u, mean, var);
+        if (v) moments<false>(s, v, other, nullptr);
+        infer();
+        for_all([&](int64_t, int64_t j, int64_t i) { a[i] = w[i] * k[j], c[i] = v ? w[i] * t[j] : t[j]; });
+        if (v) for_all([&](int64_t n, int64_t, int64_t i) { b[i] = scale[n * K + 1]; });
+        std::copy(sigma2.begin(), sigma2.end(), std::copy(mu.begin(), mu.end(), stats));
+        with_constants([&](auto two, auto relu) { affine_act<two(), relu()>(y); });
+    }
+
     // of m and v, the moments of what is normalised
     void normalise(const A* m, const A* v) {
         if (running_mean) {
@@ -286,9 +251,9 @@ struct Coefficients {
         }
     }
 
-    // z -> scale
+    // z -> scale and slope
     void mix() {
-        #pragma omp parallel for num_threads(is_small() ? 1 : threads)
+        #pragma omp parallel for num_threads(is_small() ? 1 : s.threads)
         for (int64_t n = 0; n < N; n += 4) {  // four images at once, the last repeated, keep the processor busy
             const A* rows[4];
             for (int64_t i = 0; i < 4; ++i) rows[i] = &z[std::min(n + i, N - 1) * D];
@@ -319,48 +284,104 @@ struct Coefficients {
         }
     }
 
-    void forward() {
-        if (other) normalise(mean, var);
-        for_all([&](int64_t n, int64_t c, int64_t i) { z[n * D + c] = other ? mean[i] * k[c] + t[c] : mean[i]; });
-        if (other) for_all([&](int64_t n, int64_t c, int64_t i) { z[n * D + C + c] = other[i]; });
+    // moments -> BatchNorm and λ
+    void infer() {
+        if (v) normalise(mean, var);
+        for_all([&](int64_t n, int64_t c, int64_t i) { z[n * D + c] = v ? mean[i] * k[c] + t[c] : mean[i]; });
+        if (v) for_all([&](int64_t n, int64_t c, int64_t i) { z[n * D + C + c] = other[i]; });
         mix();
         for_paths([&](int64_t path, int64_t begin, int64_t end) { std::fill(&w[begin], &w[end], scale[path]); });
-        if (other) return;
+        if (v) return;
         for_all([&](int64_t, int64_t, int64_t i) { weighed_mean[i] = w[i] * mean[i]; });
-        if (var) for_all([&](int64_t, int64_t, int64_t i) { weighed_var[i] = w[i] * w[i] * var[i]; });
+        if (!running_mean) for_all([&](int64_t, int64_t, int64_t i) { weighed_var[i] = w[i] * w[i] * var[i]; });
         normalise(weighed_mean.data(), weighed_var.data());
     }
 
-    void write(A* a, A* c, A* b, A* mu_sigma2) const {
-        for_all([&](int64_t, int64_t j, int64_t i) { a[i] = w[i] * k[j], c[i] = other ? w[i] * t[j] : t[j]; });
-        if (other) for_all([&](int64_t n, int64_t, int64_t i) { b[i] = scale[n * K + 1]; });
-        std::copy(sigma2.begin(), sigma2.end(), std::copy(mu.begin(), mu.end(), mu_sigma2));
+    template <bool two, bool relu>
+    void affine_act(T* y) const {
+        for_rows<3, 1>(s, {a, two ? b : a, c}, {nullptr}, [=, u = u, v = v](auto r, const A** in, A**) {
+            const A *a = in[0], *b = in[1], *c = in[2];
+            const T *u_ = u + r.offset, *v_ = two ? v + r.offset : u_;
+            T* y_ = y + r.offset;
+            for (int64_t row = 0; row < r.rows; ++row, u_ += r.stride, v_ += r.stride, y_ += r.stride) {
+                #pragma omp simd
+                for (int64_t i = 0; i < r.lanes; ++i) {
+                    const A t = affine<two>(a[i], A(u_[i]), b[i], A(v_[i]), c[i]);
+                    y_[i] = relu && t <= 0 ? A(0) : t;  // NaN passes, as in torch
+                }
+            }
+        });
     }
 
-    // Adds to grad_m. grad_v is the same for all images.
+    template <bool two, bool relu>
+    void affine_act_sums(const T* grad, A* grad_a, A* grad_b, A* grad_c) const {
+        for_rows<3, 3>(
+                s, {a, two ? b : a, c}, {grad_a, two ? grad_b : nullptr, grad_c},
+                [=, u = u, v = v](auto r, const A** in, A** out) {
+            const A *a = in[0], *b = in[1], *c = in[2];
+            A *sum_a = out[0], *sum_b = out[1], *sum_c = out[2];
+            const T *grad_ = grad + r.offset, *u_ = u + r.offset, *v_ = two ? v + r.offset : u_;
+            for (int64_t row = 0; row < r.rows; ++row, grad_ += r.stride, u_ += r.stride, v_ += r.stride) {
+                #pragma omp simd
+                for (int64_t i = 0; i < r.lanes; ++i) {
+                    const A t = affine<two>(a[i], A(u_[i]), b[i], A(v_[i]), c[i]);
+                    const A g = relu && t <= 0 ? A(0) : A(grad_[i]);
+                    sum_a[i] += g * A(u_[i]);
+                    if (two) sum_b[i] += g * A(v_[i]);
+                    sum_c[i] += g;
+                }
+            }
+        });
+    }
+
+    // a · ḡ + scale · u + shift and b · ḡ + shift_v
+    template <bool two, bool relu>
+    void affine_act_grads(
+            const T* grad, const A* scale, const A* shift, const A* shift_v, T* grad_u, T* grad_v) const {
+        for_rows<6, 1>(
+                s, {a, two ? b : a, c, scale, shift, two ? shift_v : a}, {nullptr},
+                [=, u = u, v = v](auto r, const A** in, A**) {
+            const A *a = in[0], *b = in[1], *c = in[2], *scale = in[3], *shift = in[4], *shift_v = in[5];
+            const T *grad_ = grad + r.offset, *u_ = u + r.offset, *v_ = two ? v + r.offset : u_;
+            T *grad_u_ = grad_u + r.offset, *grad_v_ = two ? grad_v + r.offset : nullptr;
+            for (int64_t row = 0; row < r.rows; ++row) {
+                #pragma omp simd
+                for (int64_t i = 0; i < r.lanes; ++i) {
+                    const A t = affine<two>(a[i], A(u_[i]), b[i], A(v_[i]), c[i]);
+                    const A g = relu && t <= 0 ? A(0) : A(grad_[i]);
+                    grad_u_[i] = a[i] * g + (scale[i] * A(u_[i]) + shift[i]);
+                    if (two) grad_v_[i] = b[i] * g + shift_v[i];
+                }
+                grad_ += r.stride, u_ += r.stride, v_ += r.stride, grad_u_ += r.stride;
+                if (two) grad_v_ += r.stride;
+            }
+        });
+    }
+
+    // Of m, the mean of what is normalised. Adds to grad_m; grad_var, of its variance, is the same for all images.
     void normalise_backward(
-            const A* m, const A* grad_k, const A* grad_t, A* grad_m, A* grad_v, A* grad_gamma, A* grad_beta) const {
+            const A* m, const A* grad_k, const A* grad_t, A* grad_m, A* grad_var, A* grad_gamma, A* grad_beta) const {
         for (int64_t c = 0; c < C; ++c) {
             const A r = 1 / std::sqrt(sigma2[c] + eps), grad = grad_k[c] - mu[c] * grad_t[c];
             grad_gamma[c] = r * grad;
             grad_beta[c] = grad_t[c];
-            grad_v[c] = -gamma[c] * r * r * r * grad / (2 * N);
+            grad_var[c] = running_mean ? A(0) : -gamma[c] * r * r * r * grad / (2 * N);
         }
         if (!running_mean) for_all([&](int64_t, int64_t c, int64_t i) {
-            grad_m[i] += 2 * grad_v[c] * (m[i] - mu[c]) - k[c] * grad_t[c] / N;
+            grad_m[i] += 2 * grad_var[c] * (m[i] - mu[c]) - k[c] * grad_t[c] / N;
         });
     }
 
     // Adds to all but the first.
-    void mix_backward(const A* grad_tcale, A* grad_z, A* grad_w1, A* grad_w2) const {
+    void mix_backward(const A* grad_scale, A* grad_z, A* grad_w1, A* grad_w2) const {
         Array grad_l(N * K), grad_h(N * E);
-        #pragma omp parallel num_threads(is_small() ? 1 : threads)
+        #pragma omp parallel num_threads(is_small() ? 1 : s.threads)
         {
             #pragma omp for
             for (int64_t n = 0; n < N; ++n) {
                 A inner = 0;
-                for (int64_t i = n * K; i < n * K + K; ++i) inner += grad_tcale[i] * scale[i] / K;
-                for (int64_t i = n * K; i < n * K + K; ++i) grad_l[i] = scale[i] * (grad_tcale[i] - inner) * slope[i];
+                for (int64_t i = n * K; i < n * K + K; ++i) inner += grad_scale[i] * scale[i] / K;
+                for (int64_t i = n * K; i < n * K + K; ++i) grad_l[i] = scale[i] * (grad_scale[i] - inner) * slope[i];
                 for (int64_t e = 0; e < E; ++e) {
                     if (h[n * E + e] <= 0) continue;
                     A grad = 0;
@@ -383,90 +404,61 @@ struct Coefficients {
 
     // grad_w1 and grad_w2 start at zero.
     void backward(
-            const A* grad_a, const A* grad_c, const A* grad_b, A* u_scale, A* u_shift, A* v_shift, A* grad_w1,
-            A* grad_w2, A* grad_gamma, A* grad_beta) const {
-        Array grad_k(C), grad_t(C), grad_v(C), grad_w(N * C), grad_tcale(N * K), grad_z(N * D);
-        Array grad_mean(N * C), grad_var(N * C);
+            const T* grad, T* grad_u, T* grad_v, A* grad_w1, A* grad_w2, A* grad_gamma, A* grad_beta) {
+        Array grad_a(N * C), grad_b(N * C), grad_c(N * C);
+        with_constants([&](auto two, auto relu) {
+            affine_act_sums<two(), relu()>(grad, grad_a.data(), grad_b.data(), grad_c.data());
+        });
+        infer();
+        Array grad_k(C), grad_t(C), grad_var(C), grad_w(N * C), grad_scale(N * K), grad_z(N * D), grad_mean(N * C);
         const auto normalise_backward = [&](const A* m) {
-            this->normalise_backward(m, grad_k.data(), grad_t.data(), grad_mean.data(), grad_v.data(), grad_gamma, grad_beta);
+            this->normalise_backward(
+                m, grad_k.data(), grad_t.data(), grad_mean.data(), grad_var.data(), grad_gamma, grad_beta);
         };
         for_all([&](int64_t, int64_t c, int64_t i) {
-            grad_w[i] = grad_a[i] * k[c] + (other ? grad_c[i] * t[c] : A(0));
+            grad_w[i] = grad_a[i] * k[c] + (v ? grad_c[i] * t[c] : A(0));
             grad_k[c] += grad_a[i] * w[i];
-            grad_t[c] += other ? grad_c[i] * w[i] : grad_c[i];
+            grad_t[c] += v ? grad_c[i] * w[i] : grad_c[i];
         });
-        if (!other) {
+        if (!v) {
             normalise_backward(weighed_mean.data());
             for_all([&](int64_t, int64_t c, int64_t i) {
-                grad_w[i] += grad_mean[i] * mean[i] + (var ? 2 * w[i] * var[i] * grad_v[c] : A(0));
-                if (var) grad_var[i] = w[i] * w[i] * grad_v[c];
+                grad_w[i] += grad_mean[i] * mean[i];
+                if (!running_mean) grad_w[i] += 2 * w[i] * var[i] * grad_var[c];
             });
         }
         for_paths([&](int64_t path, int64_t begin, int64_t end) {
-            for (int64_t i = begin; i < end; ++i) grad_tcale[path] += grad_w[i];
+            for (int64_t i = begin; i < end; ++i) grad_scale[path] += grad_w[i];
         });
-        if (other) for (int64_t i = 0; i < N * C; ++i) grad_tcale[i / C * K + 1] += grad_b[i];
-        mix_backward(grad_tcale.data(), grad_z.data(), grad_w1, grad_w2);
+        if (v) for (int64_t i = 0; i < N * C; ++i) grad_scale[i / C * K + 1] += grad_b[i];
+        mix_backward(grad_scale.data(), grad_z.data(), grad_w1, grad_w2);
         for_all([&](int64_t n, int64_t c, int64_t i) {
-            grad_mean[i] = grad_z[n * D + c] * (other ? k[c] : A(1)) + (other ? A(0) : grad_mean[i] * w[i]);
+            grad_mean[i] = grad_z[n * D + c] * (v ? k[c] : A(1)) + (v ? A(0) : grad_mean[i] * w[i]);
         });
-        if (other) {
+        if (v) {
             for_all([&](int64_t n, int64_t c, int64_t i) {
                 grad_k[c] += grad_z[n * D + c] * mean[i];
                 grad_t[c] += grad_z[n * D + c];
-                v_shift[i] = grad_z[n * D + C + c] / P;
             });
             normalise_backward(mean);
-            if (var) for_all([&](int64_t, int64_t c, int64_t i) { grad_var[i] = grad_v[c]; });
         }
-        for_all([&](int64_t, int64_t, int64_t i) {
-            u_scale[i] = 2 * grad_var[i] / P;
-            u_shift[i] = grad_mean[i] / P - u_scale[i] * mean[i];
+        Array u_scale(N * C), u_shift(N * C), v_shift(N * C);
+        for_all([&](int64_t n, int64_t c, int64_t i) {
+            u_scale[i] = 2 * grad_var[c] / s.P * (v ? A(1) : w[i] * w[i]);
+            u_shift[i] = grad_mean[i] / s.P - u_scale[i] * mean[i];
+            if (v) v_shift[i] = grad_z[n * D + C + c] / s.P;
+        });
+        with_constants([&](auto two, auto relu) {
+            affine_act_grads<two(), relu()>(grad, u_scale.data(), u_shift.data(), v_shift.data(), grad_u, grad_v);
         });
     }
 };
 
-using T = MAP;
-using A = WIDE;
-
-#define SHAPE int64_t N, int64_t C, int64_t P, int64_t last, int64_t threads
-#define CALL(function, ...)                                                                                        \
-    do {                                                                                                           \
-        const Shape s{N, C, P, last != 0, threads};                                                                \
-        v ? relu ? function<true, true>(s, __VA_ARGS__) : function<true, false>(s, __VA_ARGS__)                    \
-          : relu ? function<false, true>(s, __VA_ARGS__) : function<false, false>(s, __VA_ARGS__);                 \
-    } while (0)
-
-extern "C" void moments(SHAPE, const T* x, A* mean, A* var) {
-    const Shape s{N, C, P, last != 0, threads};
-    var ? moments<true>(s, x, mean, var) : moments<false>(s, x, mean, var);
+extern "C" void merge(double eps, const int64_t* sizes, const void* const* in, void* const* out) {
+    Merge{A(eps), sizes, in, (A*)out[0]}.forward((T*)out[1], (A*)out[2]);
 }
 
-extern "C" void affine_act(
-        SHAPE, int64_t relu, const T* u, const T* v, const A* a, const A* b, const A* c, T* y) {
-    CALL(affine_act, u, v, a, b, c, y);
-}
-
-extern "C" void affine_act_sums(
-        SHAPE, int64_t relu, const T* grad, const T* u, const T* v, const A* a, const A* b, const A* c,
-        A* grad_a, A* grad_b, A* grad_c) {
-    CALL(affine_act_sums, grad, u, v, a, b, c, grad_a, grad_b, grad_c);
-}
-
-extern "C" void affine_act_grads(
-        SHAPE, int64_t relu, const T* grad, const T* u, const T* v, const A* a, const A* b, const A* c,
-        const A* scale, const A* shift, const A* shift_v, T* grad_u, T* grad_v) {
-    CALL(affine_act_grads, grad, u, v, a, b, c, scale, shift, shift_v, grad_u, grad_v);
-}
-
-extern "C" void coefficients(double eps, const int64_t* sizes, const A* const* in, A* const* out) {
-    Coefficients<A> x{A(eps), sizes, in};
-    x.forward();
-    x.write(out[0], out[1], out[2], out[3]);
-}
-
-extern "C" void coefficients_backward(double eps, const int64_t* sizes, const A* const* in, A* const* out) {
-    Coefficients<A> x{A(eps), sizes, in};
-    x.forward();
-    x.backward(in[9], in[10], in[11], out[0], out[1], out[2], out[3], out[4], out[5], out[6]);
+extern "C" void merge_backward(double eps, const int64_t* sizes, const void* const* in, void* const* out) {
+    Merge{A(eps), sizes, in, (A*)in[8]}.backward(
+        (const T*)in[9], (T*)out[0], (T*)out[1], (A*)out[2], (A*)out[3], (A*)out[4], (A*)out[5]);
 }

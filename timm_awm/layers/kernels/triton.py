@@ -1,4 +1,4 @@
-"""The kernels for NVIDIA GPUs, in Triton. Nobody has timed them yet.
+"""The merge on NVIDIA GPUs: what reads maps in Triton, the rest in plain torch. Nobody has timed it yet.
 
 Maps are float32, bfloat16 or float16; all arithmetic is in float32. Sums are taken in a fixed order, without atomics:
 they are the same in every run.
@@ -7,16 +7,16 @@ A program computes a block of channels of one image, in tiles of pixels × chann
 contiguous, and Triton lays the threads out along it.
 """
 from contextlib import nullcontext
-from typing import Any, ContextManager, Dict, List, Optional, Tuple
+from typing import Any, ContextManager, Dict, List, Tuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import in_format_of, sums_like
+from . import empty_results, formula, in_format_of
 
-__all__ = ['moments', 'affine_act', 'affine_act_', 'affine_act_sums', 'affine_act_grads']
+__all__ = ['merge', 'merge_backward']
 
 
 @triton.jit
@@ -56,7 +56,7 @@ def _affine(u, v, offset, mask, a, b, c, HAS_V: tl.constexpr):
 
 @triton.jit
 def _moments_kernel(
-        x, out, images, channels, pixels, stride_c, stride_p,
+        x, mean_out, var_out, channels, pixels, stride_c, stride_p,
         BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):
     channel, base, row = _program(channels, pixels, BLOCK_C)
@@ -74,13 +74,13 @@ def _moments_kernel(
     overall = tl.sum(count * mean, axis=0) / pixels
     deviation = mean - overall[None, :]
     var = tl.sum(m2 + count * deviation * deviation, axis=0) / pixels
-    tl.store(out + row, overall, mask=channel < channels)
-    tl.store(out + row + images * channels, var, mask=channel < channels)
+    tl.store(mean_out + row, overall, mask=channel < channels)
+    tl.store(var_out + row, var, mask=channel < channels)
 
 
 @triton.jit
 def _affine_act_kernel(
-        u, v, a, b, c, y, images, channels, pixels, stride_c, stride_p,
+        u, v, a, b, c, y, channels, pixels, stride_c, stride_p,
         HAS_V: tl.constexpr, RELU: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):
     channel, base, row = _program(channels, pixels, BLOCK_C)
@@ -97,7 +97,7 @@ def _affine_act_kernel(
 
 @triton.jit
 def _affine_act_sums_kernel(
-        grad, u, v, a, b, c, sums, images, channels, pixels, stride_c, stride_p,
+        grad, u, v, a, b, c, grad_a, grad_b, grad_c, channels, pixels, stride_c, stride_p,
         HAS_V: tl.constexpr, RELU: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):
     channel, base, row = _program(channels, pixels, BLOCK_C)
@@ -117,16 +117,15 @@ def _affine_act_sums_kernel(
         sum_g += g
         if HAS_V:
             sum_gv += g * v_tile
-    plane = images * channels
-    tl.store(sums + row, tl.sum(sum_gu, axis=0), mask=channel < channels)
-    tl.store(sums + row + plane, tl.sum(sum_g, axis=0), mask=channel < channels)
+    tl.store(grad_a + row, tl.sum(sum_gu, axis=0), mask=channel < channels)
+    tl.store(grad_c + row, tl.sum(sum_g, axis=0), mask=channel < channels)
     if HAS_V:
-        tl.store(sums + row + 2 * plane, tl.sum(sum_gv, axis=0), mask=channel < channels)
+        tl.store(grad_b + row, tl.sum(sum_gv, axis=0), mask=channel < channels)
 
 
 @triton.jit
 def _affine_act_grads_kernel(
-        grad, u, v, a, b, c, scale, shift, shift_v, grad_u, grad_v, images, channels, pixels, stride_c, stride_p,
+        grad, u, v, a, b, c, scale, shift, shift_v, grad_u, grad_v, channels, pixels, stride_c, stride_p,
         HAS_V: tl.constexpr, RELU: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):
     channel, base, row = _program(channels, pixels, BLOCK_C)
@@ -172,7 +171,7 @@ def _plan(x: Tensor) -> Tuple[Tuple[int], Dict[str, Any]]:
         block_p = _block(pixels, _TILE // block_c)
         strides = dict(stride_c=1, stride_p=channels)
     return (images * triton.cdiv(channels, block_c),), dict(
-        images=images, channels=channels, pixels=pixels, **strides, BLOCK_C=block_c, BLOCK_P=block_p)
+        channels=channels, pixels=pixels, **strides, BLOCK_C=block_c, BLOCK_P=block_p)
 
 
 def _device(x: Tensor) -> ContextManager:
@@ -180,48 +179,46 @@ def _device(x: Tensor) -> ContextManager:
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
-def moments(x: Tensor, with_var: bool) -> Tensor:
-    grid, plan = _plan(x)
-    out = sums_like(x, 2)
-    with _device(x):
-        _moments_kernel[grid](x, out, **plan)
-    return out if with_var else out[:1].clone()
-
-
-def affine_act(u: Tensor, v: Optional[Tensor], a: Tensor, b: Optional[Tensor], c: Tensor, relu: bool) -> Tensor:
-    grid, plan = _plan(u)
-    y = torch.empty_like(u)
-    with _device(u):
-        _affine_act_kernel[grid](
-            u, u if v is None else v, a, a if b is None else b, c, y, **plan, HAS_V=v is not None, RELU=relu)
-    return y
-
-
-def affine_act_(u: Tensor, a: Tensor, c: Tensor, relu: bool) -> None:
+def merge(*args: Any) -> List[Tensor]:
+    u, v, *inputs, relu = args
+    y, saved, stats = empty_results(u)
+    a, b, c, mean, var, other = saved
     grid, plan = _plan(u)
     with _device(u):
-        _affine_act_kernel[grid](u, u, a, a, c, u, **plan, HAS_V=False, RELU=relu)
+        _moments_kernel[grid](u, mean, var, **plan)
+        if v is not None:
+            _moments_kernel[grid](v, other, torch.empty_like(var), **plan)
+        coefficients, stats = formula.coefficients(mean, var, None if v is None else other, *inputs)
+        for row, x in zip((a, b, c), coefficients):
+            if x is not None:
+                row.copy_(x)
+        _affine_act_kernel[grid](u, u if v is None else v, a, b, c, y, **plan, HAS_V=v is not None, RELU=relu)
+    return [y, saved, stats]
 
 
-def affine_act_sums(
-        grad: Tensor, u: Tensor, v: Optional[Tensor], a: Tensor, b: Optional[Tensor], c: Tensor, relu: bool) -> Tensor:
+def merge_backward(grad: Tensor, saved: Tensor, u: Tensor, v: Any, *args: Any) -> List[Tensor]:
+    parameters, options, relu = args[:4], args[4:-1], args[-1]
+    a, b, c, mean, var, other = saved
+    maps = in_format_of(u, grad), u, u if v is None else v, a, b, c
     grid, plan = _plan(u)
-    sums = sums_like(u, 2 if v is None else 3)
+    plan.update(HAS_V=v is not None, RELU=relu)
+    sums = torch.empty_like(saved[:3])
+    grad_maps = [torch.empty_like(u) for x in (u, v) if x is not None]
     with _device(u):
-        _affine_act_sums_kernel[grid](
-            in_format_of(u, grad), u, u if v is None else v, a, a if b is None else b, c, sums,
-            **plan, HAS_V=v is not None, RELU=relu)
-    return sums
-
-
-def affine_act_grads(
-        grad: Tensor, u: Tensor, v: Optional[Tensor], a: Tensor, b: Optional[Tensor], c: Tensor, scale: Tensor,
-        shift: Tensor, shift_v: Optional[Tensor], relu: bool,
-) -> List[Tensor]:
-    grid, plan = _plan(u)
-    grads = [torch.empty_like(u) for x in (u, v) if x is not None]
-    with _device(u):
-        _affine_act_grads_kernel[grid](
-            in_format_of(u, grad), u, u if v is None else v, a, a if b is None else b, c, scale, shift,
-            shift if shift_v is None else shift_v, grads[0], grads[-1], **plan, HAS_V=v is not None, RELU=relu)
-    return grads
+        _affine_act_sums_kernel[grid](*maps, *sums, **plan)
+        leaves: List[Any] = [
+            x if x is None else x.detach().requires_grad_()
+            for x in (mean, var, None if v is None else other, *parameters)]
+        with torch.enable_grad():
+            coefficients, _ = formula.coefficients(*leaves, *options)
+        known = [(x, of_x) for x, of_x in zip(coefficients, sums) if x is not None]
+        results: Any = iter(torch.autograd.grad(
+            [x for x, _ in known], [x for x in leaves if x is not None], [of_x for _, of_x in known],
+            materialize_grads=True))  # with running statistics the variance has no part
+        of_leaves: List[Any] = [x if x is None else next(results) for x in leaves]
+        grad_mean, grad_var, grad_other, *grads = of_leaves
+        scale = grad_var * (2 / plan['pixels'])
+        shift = grad_mean / plan['pixels'] - scale * mean
+        shift_v = shift if grad_other is None else grad_other / plan['pixels']
+        _affine_act_grads_kernel[grid](*maps, scale, shift, shift_v, grad_maps[0], grad_maps[-1], **plan)
+    return [*grad_maps, *grads]
