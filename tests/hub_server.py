@@ -158,8 +158,7 @@ def _entry(path: str, content: bytes) -> Dict[str, Any]:
     if path.endswith(LFS_SUFFIXES):
         oid, size = _sha256(content), len(content)
         content = f'version https://git-lfs.github.com/spec/v1\noid sha256:{oid}\nsize {size}\n'.encode()
-        # listings call the hash `oid`, the information about a model calls it `sha256`
-        entry['lfs'] = dict(oid=oid, sha256=oid, size=size, pointerSize=len(content))
+        entry['lfs'] = dict(oid=oid, size=size, pointerSize=len(content))
     return {**entry, 'oid': hashlib.sha1(b'blob %d\0' % len(content) + content).hexdigest()}
 
 
@@ -337,13 +336,10 @@ class _Handler(BaseHTTPRequestHandler):
     def info(self, repo_id: str, revision: str = 'main') -> Answer:
         repo = self.readable(repo_id)
         oid, files = self.find(repo, revision)
-        siblings: List[Dict[str, Any]] = [dict(rfilename=path) for path in files]
-        if 'blobs' in self.query:
-            for sibling, entry in zip(siblings, (_entry(*item) for item in files.items())):
-                sibling.update(size=entry['size'], blobId=entry['oid'], lfs=entry.get('lfs'))
         return _json(dict(
             id=repo_id, modelId=repo_id, author=repo_id.split('/')[0], sha=oid, private=repo.private,
-            gated=False, disabled=False, downloads=0, likes=0, tags=[], siblings=siblings))
+            gated=False, disabled=False, downloads=0, likes=0, tags=[],
+            siblings=[dict(rfilename=path) for path in files]))
 
     @_route('GET', '/api/models/{repo_id}/tree/{revision}')
     def tree(self, repo_id: str, revision: str) -> Answer:
@@ -361,7 +357,7 @@ class _Handler(BaseHTTPRequestHandler):
         headers['ETag'] = f'"{entry["oid"]}"'
         if 'lfs' not in entry:
             return 200, headers, self.hub.altered.get(_sha256(files[path]), files[path])
-        sha256 = entry['lfs']['sha256']
+        sha256 = entry['lfs']['oid']
         headers.update({'X-Linked-Etag': f'"{sha256}"', 'X-Linked-Size': str(entry['size'])})
         return 302, {**headers, 'Location': f'{self.hub.cdn}/cdn/{repo_id}/{sha256}/{quote(path)}'}, b''
 

@@ -1,6 +1,6 @@
 """Notes at every update of a training run what it has changed, from outside the optimizer."""
 from contextlib import contextmanager
-from typing import Any, Callable, Dict, Iterator, List, Optional
+from typing import Any, Callable, Dict, Iterator, Optional
 from unittest.mock import patch
 
 import timm.utils
@@ -115,16 +115,13 @@ class Recorder:
         updates = self.epoch * self.updates_per_epoch + updates_of_epoch
         return 0. if updates <= 1 else self.decay  # timm's average begins as a copy
 
-    def gradients(self) -> List[str]:
-        return [k for k, p in self.model.named_parameters() if p.grad is not None]
-
     @contextmanager
     def watched_step(self) -> Iterator[None]:
         step = self.optimizer.step
 
         def watched(*args: Any, **kwargs: Any) -> Any:
             more = dict(
-                gradients=self.gradients(),
+                gradients=[k for k, p in self.model.named_parameters() if p.grad is not None],
                 lr=[group['lr'] / group.get('lr_scale', 1.) for group in self.optimizer.param_groups],
                 clock=getattr(self.base, 'epoch', None),
                 clip=self.clip,

@@ -126,8 +126,7 @@ def check(notes: List[Dict[str, Any]], row: Row, args: argparse.Namespace, again
     merge = {k for k in names if '.merge.' in k} - frozen
     sides = dict(b=names - frozen - merge, m=merge, j=names - frozen)
     assert merge and sides['b']
-    assert first['has_ema'] == args.model_ema
-    assert first['ema_differs'] == (args.model_ema and again)
+    assert (first['has_ema'], first['ema_differs']) == (args.model_ema, args.model_ema and again)
     if again:
         stateful = [sides[phase] for phase in row.phases[:0 if row.saved is None else row.saved + 1]]
         assert_same(first['stateful'], set().union(*stateful), 'resumed with state')
@@ -147,8 +146,7 @@ def check(notes: List[Dict[str, Any]], row: Row, args: argparse.Namespace, again
         assert_same(note['buffers'], first['all_buffers'], f'{where}: BatchNorm statistics')
         _, lr = next(by_update)
         if kind == 'skip':
-            assert_same(note['moved'], (), f'{where}: moved')
-            assert_same(note['state'], (), f'{where}: state')
+            assert not note['moved'] and not note['state'], where
             continue
         assert note['clock'] == epoch, where
         assert_same(note['gradients'], active, f'{where}: gradients')

@@ -312,6 +312,15 @@ def test_hooks_on_all_modules_of_the_process():
     assert difference(plain, fused) < 1e-10
 
 
+def test_inputs_stay_as_they_are():
+    inputs = torch.randn(2, 3, 4, 5, 5)
+    kept = inputs.clone()
+    with torch.inference_mode():
+        trained(SumMerge(4))(*inputs)
+        trained(ConcatMerge([4, 4]))(list(inputs))
+    assert torch.equal(inputs, kept)
+
+
 def test_gradients_that_others_hold_stay_as_they_are():
     def run(model):
         kept = []
@@ -367,7 +376,7 @@ def test_the_step_keeps_no_more_than_the_plain_network():
             weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
             kept[awm] = sum(size for pointer, size in seen.items() if pointer not in weights)
             del out
-        assert kept[True] < 1.1 * kept[False], name
+        assert kept[True] < (0.85 if 'dense' in name else 1.1) * kept[False], name
 
 
 def test_frozen_layers_before_a_merge_need_no_gradient():

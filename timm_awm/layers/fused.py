@@ -15,7 +15,7 @@ from . import kernels
 from .kernels import formula
 from .mixing import MixingWeights, wide_dtype
 
-__all__ = ['set_fused_merge', 'can_fuse', 'fused_merge']
+__all__ = ['set_fused_merge', 'can_fuse', 'fused_merge', 'is_exactly']
 
 _start = os.environ.get('TIMM_AWM_FUSED', '1')
 if _start not in ('0', '1', '2'):
@@ -72,13 +72,15 @@ def can_fuse(maps: Sequence[Tensor], skipped: Iterable[Tuple[Optional[nn.Module]
     return kernels.is_available(first)
 
 
+def is_exactly(module: Any, cls: Any) -> bool:
+    """Whether a module is of this class, and nothing hangs on its call."""
+    return type(module) is cls and not (
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+        or module._compiled_call_impl is not None or 'forward' in module.__dict__)
+
+
 def _is_plain(module: Any, cls: Any, maps: Sequence[Tensor]) -> bool:
-    if (
-            type(module) is not cls
-            or module._forward_hooks or module._forward_pre_hooks
-            or module._backward_hooks or module._backward_pre_hooks
-            or module._compiled_call_impl is not None or 'forward' in module.__dict__
-    ):
+    if not is_exactly(module, cls):
         return False
     # C++ reads their memory. Dicts, as module.weight takes ten times as long
     parameters, x, channels = module._parameters, maps[0], sum([x.shape[1] for x in maps])
@@ -117,55 +119,76 @@ def _update_running(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor, count: int)
     norm.running_var.lerp_(var * (count / (count - 1)), momentum)
 
 
+def _arguments(options: Sequence[Any], parameters: Sequence[Any], maps: Sequence[Tensor]) -> Tuple[Any, ...]:
+    """Those of `kernels.merge`."""
+    is_sum, eps, relu = options
+    u, v = maps if is_sum else (torch.cat(list(maps), dim=1), None)
+    return u, v, *parameters, eps, [x.shape[1] for x in maps], relu
+
+
 class _FusedMerge(Function):
-    """`kernels.merge` and the mean and the variance that BatchNorm uses."""
+    """`kernels.merge` and the mean and the variance that BatchNorm uses.
+
+    Of a concatenation it keeps the maps, which many merges share, and concatenates them again to go backward.
+    """
 
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> Tuple[Tensor, Tensor]:
-        y, saved, stats = kernels.merge(*args)
-        ctx.save_for_backward(*args[:8], saved)
-        ctx.options = args[8:]
+    def forward(ctx: Any, is_sum: bool, eps: float, relu: bool, *inputs: Any) -> Tuple[Tensor, Tensor]:
+        ctx.options = is_sum, eps, relu
+        y, saved, stats = kernels.merge(*_arguments(ctx.options, inputs[:6], inputs[6:]))
+        ctx.save_for_backward(saved, *inputs)
         ctx.mark_non_differentiable(stats)
         return y, stats
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Any) -> Tuple[Optional[Tensor], ...]:
-        *inputs, saved = ctx.saved_tensors
+        results: Any
+        saved, *inputs = ctx.saved_tensors
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             # it is itself differentiated (create_graph=True): autograd's, of the plain formula. The inputs are aliases,
             # for one may be computed from another
             aliases: List[Any] = [x if x is None else x.view_as(x) for x in inputs]
-            needed = ctx.needs_input_grad
-            results: Any = iter(torch.autograd.grad(
-                formula.merge(*aliases, *ctx.options), [x for x, need in zip(aliases, needed) if need], grad,
-                create_graph=True, allow_unused=True))
-            return tuple(next(results) if need else None for need in needed)
-        return *kernels.merge_backward(grad, saved, *inputs, *ctx.options), *5 * [None]
+            y = formula.merge(*_arguments(ctx.options, aliases[:6], aliases[6:]))
+            needed = ctx.needs_input_grad[3:]
+            results = iter(torch.autograd.grad(
+                y, [x for x, need in zip(aliases, needed) if need], grad, create_graph=True, allow_unused=True))
+            return None, None, None, *(next(results) if need else None for need in needed)
+        maps = inputs[6:]
+        results = kernels.merge_backward(grad, saved, *_arguments(ctx.options, inputs[:6], maps))
+        grad_u, grad_v, *grads = results
+        of_maps = grad_u.split([x.shape[1] for x in maps], dim=1) if grad_v is None else (grad_u, grad_v)
+        return None, None, None, *grads, None, None, *of_maps
 
 
 def fused_merge(
-        u: Tensor, v: Optional[Tensor], mix: Any, norm: Optional[nn.BatchNorm2d], channels: Sequence[int], relu: bool,
+        maps: Sequence[Tensor], mix: Any, norm: Optional[nn.BatchNorm2d], relu: bool, is_sum: bool,
+        overwrite: bool = False,
 ) -> Tensor:
-    """A merge that `can_fuse` allowed: of u and v, or of the maps that u, a new tensor, holds.
+    """A merge that `can_fuse` allowed.
 
     Args:
-        u: (batch, channels, height, width).
-        v: Of the same shape; None for a concatenation.
+        maps: Branch and shortcut, or what is concatenated.
         mix: `MixingWeights`.
-        norm: Of u in a sum, of what was merged in a concatenation; None for none.
-        channels: Of each path.
+        norm: Of the branch in a sum, of what was merged in a concatenation; None for none.
         relu: Whether a ReLU comes last.
+        is_sum: Else it is a concatenation.
+        overwrite: Whether the branch may be overwritten where no gradients are recorded.
     """
-    dtype = wide_dtype(u)
-    weights = [mix._parameters[name].to(dtype) for name in ('weight1', 'weight2')]
+    first = maps[0]
+    dtype = wide_dtype(first)
+    parameters = [mix._parameters[name].to(dtype) for name in ('weight1', 'weight2')]
     if norm is None:
-        gamma = torch.ones(u.shape[1], dtype=dtype, device=u.device)
-        args = *weights, gamma, 0 * gamma, 0 * gamma, 1 * gamma, 0., channels  # the identity; torch.compile wants four
+        ones = torch.ones(sum([x.shape[1] for x in maps[:1 if is_sum else None]]), dtype=dtype, device=first.device)
+        parameters += [ones, 0 * ones, 0 * ones, 1 * ones]  # the identity; torch.compile wants four
     else:
         own, buffers = norm._parameters, norm._buffers
         running = (None, None) if uses_batch_statistics(norm) else (buffers['running_mean'], buffers['running_var'])
-        args = *weights, own['weight'], own['bias'], *running, norm.eps, channels
-    y, stats = _FusedMerge.apply(u, v, *args, relu)
+        parameters += [own['weight'], own['bias'], *running]
+    options = is_sum, 0. if norm is None else norm.eps, relu
+    if torch.is_grad_enabled():
+        y, stats = _FusedMerge.apply(*options, *parameters, *maps)
+    else:
+        y, _, stats = kernels.merge(*_arguments(options, parameters, maps), overwrite=overwrite or not is_sum)
     if norm is not None:
-        _update_running(norm, stats[0], stats[1], len(u) * u.shape[2] * u.shape[3])
+        _update_running(norm, stats[0], stats[1], len(y) * y.shape[2] * y.shape[3])
     return y

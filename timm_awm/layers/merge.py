@@ -13,7 +13,7 @@ import torch.fx
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
-from .fused import can_fuse, fused_merge
+from .fused import can_fuse, fused_merge, is_exactly
 from .mixing import MixingWeights, channel_mean
 
 __all__ = ['SumMerge', 'ConcatMerge', 'fused_sum', 'fused_concat']
@@ -95,6 +95,7 @@ def fused_sum(
         shortcut: Tensor,
         norm: Optional[nn.Module] = None,
         act: Optional[nn.Module] = None,
+        conv: Optional[nn.Module] = None,
 ) -> Optional[Tensor]:
     """act(merge(norm(branch), shortcut)), fused.
 
@@ -104,6 +105,7 @@ def fused_sum(
         shortcut: Of the same shape.
         norm: BatchNorm2d, none if None.
         act: ReLU, none if None.
+        conv: The convolution that made branch. Nobody else has it then, and without gradients it is overwritten.
 
     Returns:
         The merged map; or None, with nothing done, where it cannot be fused.
@@ -111,7 +113,8 @@ def fused_sum(
     skipped = ((merge, SumMerge), (getattr(merge, 'mix', None), MixingWeights), (norm, nn.BatchNorm2d), (act, nn.ReLU))
     if not can_fuse((branch, shortcut), skipped) or branch.shape != shortcut.shape:
         return None
-    return fused_merge(branch, shortcut, merge.mix, norm, 2 * [branch.shape[1]], act is not None)
+    return fused_merge(
+        (branch, shortcut), merge.mix, norm, act is not None, is_sum=True, overwrite=is_exactly(conv, nn.Conv2d))
 
 
 def fused_concat(merge: nn.Module, maps: List[Tensor], norm: Optional[nn.Module] = None) -> Optional[Tensor]:
@@ -130,4 +133,4 @@ def fused_concat(merge: nn.Module, maps: List[Tensor], norm: Optional[nn.Module]
         skipped += [(getattr(norm, 'act', None), nn.ReLU), (getattr(norm, 'drop', None), nn.Identity)]
     if not can_fuse(maps, skipped):
         return None
-    return fused_merge(torch.cat(maps, dim=1), None, merge.mix, norm, [x.shape[1] for x in maps], norm is not None)
+    return fused_merge(maps, merge.mix, norm, norm is not None, is_sum=False)

@@ -52,7 +52,7 @@ class AwmBasicBlock(BasicBlock):
             shortcut = self.downsample(shortcut)
 
         if not torch.jit.is_scripting() and self.se is None and self.drop_path is None:
-            fused = fused_sum(self.merge, x, shortcut, self.bn2, self.act2)
+            fused = fused_sum(self.merge, x, shortcut, self.bn2, self.act2, self.conv2)
             if fused is not None:
                 return fused
 
@@ -90,7 +90,7 @@ class AwmBottleneck(Bottleneck):
             shortcut = self.downsample(shortcut)
 
         if not torch.jit.is_scripting() and self.se is None and self.drop_path is None:
-            fused = fused_sum(self.merge, x, shortcut, self.bn3, self.act3)
+            fused = fused_sum(self.merge, x, shortcut, self.bn3, self.act3, self.conv3)
             if fused is not None:
                 return fused
 

@@ -31,6 +31,7 @@ def is_available(x: Tensor) -> bool:
 def merge(
         u: Tensor, v: Optional[Tensor], weight1: Tensor, weight2: Tensor, gamma: Tensor, beta: Tensor,
         running_mean: Optional[Tensor], running_var: Optional[Tensor], eps: float, channels: Sequence[int], relu: bool,
+        *, overwrite: bool = False,
 ) -> List[Tensor]:
     """act(a · u + b · v + c), the coefficients a, b and c inferred from both maps.
 
@@ -45,6 +46,7 @@ def merge(
         running_mean: None, as running_var, if BatchNorm uses the batch's statistics.
         channels: Of each path.
         relu: Whether act is a ReLU, else the identity.
+        overwrite: Whether the result may be written over u.
 
     Returns:
         The result, a map like u; what `merge_backward` needs, (6, batch, channels of u): a, b, c, the mean and the
@@ -52,7 +54,10 @@ def merge(
         channels of u).
     """
     u, v = in_format_of(u, u), v if v is None else in_format_of(u, v)
-    return _call('merge', u, v, *_dense(weight1, weight2, gamma, beta, running_mean, running_var), eps, channels, relu)
+    args = u, v, *_dense(weight1, weight2, gamma, beta, running_mean, running_var), eps, channels, relu
+    if torch.compiler.is_compiling():  # which needs the operator
+        return torch.ops.timm_awm.merge(*args)
+    return _implementation('merge', u.device.type)(*args, overwrite=overwrite)
 
 
 def merge_backward(grad: Tensor, saved: Tensor, u: Tensor, v: Optional[Tensor], *args: Any) -> List[Optional[Tensor]]:
@@ -64,7 +69,9 @@ def merge_backward(grad: Tensor, saved: Tensor, u: Tensor, v: Optional[Tensor], 
         args: The other arguments of `merge`.
     """
     u, v = in_format_of(u, u), v if v is None else in_format_of(u, v)
-    grad_u, *grads = _call('merge_backward', grad, saved, u, v, *_dense(*args[:6]), *args[6:])
+    compiling = torch.compiler.is_compiling()
+    backward = torch.ops.timm_awm.merge_backward if compiling else _implementation('merge_backward', u.device.type)
+    grad_u, *grads = backward(grad, saved, u, v, *_dense(*args[:6]), *args[6:])
     return [grad_u, *([None] if v is None else []), *grads]
 
 
@@ -79,11 +86,11 @@ def _dense(*parameters: Optional[Tensor]) -> Tuple[Any, ...]:
     return tuple([x if x is None else x.contiguous() for x in parameters])
 
 
-def empty_results(u: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
+def empty_results(u: Tensor, overwrite: bool = False) -> Tuple[Tensor, Tensor, Tensor]:
     """Of `merge`."""
     batch, channels = u.shape[:2]
     saved = u.new_empty((6, batch, channels), dtype=wide_dtype(u))
-    return torch.empty_like(u), saved, saved.new_empty(2, channels)
+    return u if overwrite else torch.empty_like(u), saved, saved.new_empty(2, channels)
 
 
 def _fake_backward(
@@ -92,15 +99,8 @@ def _fake_backward(
 
 
 def _implementation(name: str, device: str) -> Callable[..., Any]:
-    """Of an operator; its module is imported when it is first called."""
+    """Of an operator, called without the dispatcher's detour where nothing needs that."""
     return getattr(importlib.import_module('.cpu' if device == 'cpu' else '.triton', __name__), name)
-
-
-def _call(name: str, x: Tensor, *args: Any) -> Any:
-    """torch.compile needs the operator; else its implementation is called, without the dispatcher's detour."""
-    if torch.compiler.is_compiling():
-        return getattr(torch.ops.timm_awm, name)(x, *args)
-    return _implementation(name, x.device.type)(x, *args)
 
 
 def _define(name: str, schema: str, fake: Callable[..., Any]) -> None:

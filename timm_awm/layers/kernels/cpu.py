@@ -56,9 +56,9 @@ def _call(name: str, args: Tuple[Any, ...], more: Sequence[Tensor], results: Seq
         _addresses(results))
 
 
-def merge(*args: Any) -> List[Tensor]:
-    y, saved, stats = empty_results(args[0])
-    _call('merge', args, (), (saved, y, stats))
+def merge(u: Tensor, *args: Any, overwrite: bool = False) -> List[Tensor]:
+    y, saved, stats = empty_results(u, overwrite)
+    _call('merge', (u, *args), (), (saved, y, stats))
     return [y, saved, stats]
 
 

@@ -179,9 +179,9 @@ def _device(x: Tensor) -> ContextManager:
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
-def merge(*args: Any) -> List[Tensor]:
-    u, v, *inputs, relu = args
-    y, saved, stats = empty_results(u)
+def merge(u: Tensor, v: Any, *args: Any, overwrite: bool = False) -> List[Tensor]:
+    *inputs, relu = args
+    y, saved, stats = empty_results(u, overwrite)
     a, b, c, mean, var, other = saved
     grid, plan = _plan(u)
     with _device(u):
