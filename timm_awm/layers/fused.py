@@ -8,14 +8,14 @@ from typing import Any, Iterable, List, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import Function, forward_ad
-from torch.nn.modules import module as torch_module
+from torch.autograd import Function
 
 from . import kernels
 from .kernels import formula
 from .mixing import MixingWeights, wide_dtype
+from .torch_private import is_exactly, is_intercepted
 
-__all__ = ['set_fused_merge', 'can_fuse', 'fused_merge', 'is_exactly']
+__all__ = ['set_fused_merge', 'can_fuse', 'fused_merge']
 
 _start = os.environ.get('TIMM_AWM_FUSED', '1')
 if _start not in ('0', '1', '2'):
@@ -59,24 +59,14 @@ def can_fuse(maps: Sequence[Tensor], skipped: Iterable[Tuple[Optional[nn.Module]
             first.numel() == 0
             or torch.compiler.is_exporting()
             or torch.jit.is_tracing()
-            or torch._C._are_functorch_transforms_active()
-            or forward_ad._current_level >= 0
             or first.is_cuda and not _experimental
-            or torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks
-            or torch_module._global_backward_hooks or torch_module._global_backward_pre_hooks
+            or is_intercepted()
     ):
         return False
     for module, cls in skipped:
         if module is not None and not _is_plain(module, cls, maps):
             return False
     return kernels.is_available(first)
-
-
-def is_exactly(module: Any, cls: Any) -> bool:
-    """Whether a module is of this class, and nothing hangs on its call."""
-    return type(module) is cls and not (
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-        or module._compiled_call_impl is not None or 'forward' in module.__dict__)
 
 
 def _is_plain(module: Any, cls: Any, maps: Sequence[Tensor]) -> bool:

@@ -13,8 +13,9 @@ import torch.fx
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
-from .fused import can_fuse, fused_merge, is_exactly
+from .fused import can_fuse, fused_merge
 from .mixing import MixingWeights, channel_mean
+from .torch_private import is_exactly
 
 __all__ = ['SumMerge', 'ConcatMerge', 'fused_sum', 'fused_concat']
 

@@ -12,6 +12,7 @@ from typing import Any, List, Optional, Sequence, Tuple
 import torch
 from torch import Tensor
 
+from ..torch_private import load_cpp
 from . import empty_results, in_format_of
 
 __all__ = ['is_available', 'merge', 'merge_backward']
@@ -22,10 +23,9 @@ _TYPES = {torch.float32: 'float', torch.bfloat16: 'bfloat16', torch.float64: 'do
 @functools.lru_cache(maxsize=None)
 def _library(dtype: torch.dtype) -> Optional[ctypes.CDLL]:
     try:
-        from torch._inductor.codecache import CppCodeCache  # private: finds compiler and flags
         wide = 'double' if dtype == torch.float64 else 'float'
         source = Path(__file__).with_name('cpu.cpp').read_text(encoding='utf-8')
-        return CppCodeCache.load(f'#define MAP {_TYPES[dtype]}\n#define WIDE {wide}\n{source}')
+        return load_cpp(f'#define MAP {_TYPES[dtype]}\n#define WIDE {wide}\n{source}')
     except Exception as error:  # of the compiler's set-up, of any kind
         warnings.warn(
             'The fused merges could not be built, so the plain formula is used, which is slower. Usually g++ or clang '
