@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import warnings
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -11,8 +12,8 @@ from networks import SMALL, create, images, trained, vary_norms
 from timm.layers import BatchNormAct2d, BlurPool2d
 from timm.utils import freeze
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-import timm_awm
 from timm_awm.layers import ConcatMerge, SumMerge, fused_concat, fused_sum, set_fused_merge
 from timm_awm.layers.kernels import cpu
 
@@ -222,20 +223,21 @@ class Add(nn.Module):
         return branch + 2 * shortcut
 
 
+class Watching(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
 class Halved(SumMerge):
     def forward(self, branch, shortcut):
         return super().forward(branch, shortcut) / 2
 
 
-class Swapped(nn.Module):
+class Swapped(nn.Sequential):
     """Around the FC layers, as what adapts their weights is."""
 
-    def __init__(self, mix):
-        super().__init__()
-        self.inner = mix
-
     def forward(self, z):
-        return self.inner(z).flip(1)
+        return super().forward(z).flip(1)
 
 
 def changed(stage, how):
@@ -319,6 +321,27 @@ def test_inputs_stay_as_they_are():
         trained(SumMerge(4))(*inputs)
         trained(ConcatMerge([4, 4]))(list(inputs))
     assert torch.equal(inputs, kept)
+
+
+def test_what_a_mode_may_keep_is_not_overwritten():
+    block, u = network('awm_resnet14_cifar').eval().layer1[1], torch.randn(2, 16, 8, 8)
+    for mode, overwritten in (nullcontext(), True), (Watching(), False):
+        kept = u.clone()
+        with torch.no_grad(), mode:
+            fused_sum(block.merge, kept, u, block.bn2, block.act2, block.conv2)
+        assert torch.equal(kept, u) != overwritten
+
+
+def test_what_the_kernels_cannot_read_is_left_to_torch():
+    merge, x = SumMerge(4), torch.randn(2, 4, 3, 3)
+    assert fused_sum(merge, x, x, nn.BatchNorm2d(4)) is not None
+    assert fused_sum(merge, torch._neg_view(x), x) is None
+    assert fused_sum(merge, x[..., None], x[..., None]) is None
+    for module, names in (merge.mix, ('weight1', 'weight2')), (norm := nn.BatchNorm2d(4), ('weight', 'bias')):
+        for name in names:  # as in a replica of DataParallel
+            p = module._parameters.pop(name)
+            setattr(module, name, p.detach())
+        assert fused_sum(merge, x, x, norm) is None
 
 
 def test_gradients_that_others_hold_stay_as_they_are():
@@ -413,16 +436,6 @@ def test_the_environment_says_how_the_switch_starts():
         result = subprocess.run([sys.executable, '-c', code], env=env, capture_output=True, text=True)
         assert result.stdout.strip() == state
     assert "is 0 (off), 1 (on) or 2 (on GPUs too), not 'off'" in result.stderr
-
-
-def test_the_switch():
-    model = network('awm_resnet14_cifar').eval()
-    x = images()
-    outputs = []
-    for switch in (False, True, False):
-        timm_awm.set_fused_merge(switch)
-        outputs.append(model(x))
-    assert torch.equal(outputs[0], outputs[2]) and not torch.equal(outputs[0], outputs[1])
 
 
 @pytest.mark.slow

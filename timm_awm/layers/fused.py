@@ -4,16 +4,17 @@ A merge, with the BatchNorm and the ReLU beside it, is y = relu(a · u + b · v 
 channel that follow from the channels' means and variances. docs/method.md derives it, and its gradients.
 """
 import os
-from typing import Any, Iterable, List, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple
 
 import torch
+from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 from torch.autograd import Function
 
 from . import kernels
 from .kernels import formula
 from .mixing import MixingWeights, wide_dtype
-from .torch_private import is_exactly, is_intercepted
+from .torch_private import is_exactly, is_intercepted, is_watched
 
 __all__ = ['set_fused_merge', 'can_fuse', 'fused_merge']
 
@@ -55,6 +56,8 @@ def can_fuse(maps: Sequence[Tensor], skipped: Iterable[Tuple[Optional[nn.Module]
     for x in maps:  # before anything is asked that a proxy of torch.fx cannot answer
         if type(x) is not Tensor or x.layout != torch.strided or x.dtype != dtype or x.device != device:
             return False
+        if x.dim() != 4 or not torch.compiler.is_compiling() and x.is_neg():
+            return False
     if (
             first.numel() == 0
             or torch.compiler.is_exporting()
@@ -69,6 +72,10 @@ def can_fuse(maps: Sequence[Tensor], skipped: Iterable[Tuple[Optional[nn.Module]
     return kernels.is_available(first)
 
 
+_NAMES: Dict[Any, Sequence[str]] = {
+    MixingWeights: ('weight1', 'weight2'), nn.BatchNorm2d: ('weight', 'bias'), BatchNormAct2d: ('weight', 'bias')}
+
+
 def _is_plain(module: Any, cls: Any, maps: Sequence[Tensor]) -> bool:
     if not is_exactly(module, cls):
         return False
@@ -77,6 +84,8 @@ def _is_plain(module: Any, cls: Any, maps: Sequence[Tensor]) -> bool:
     for p in parameters.values():
         if type(p) is not nn.Parameter and type(p) is not Tensor or p.device != x.device:
             return False
+    if any([name not in parameters for name in _NAMES.get(cls, ())]):
+        return False  # FSDP and DataParallel keep them elsewhere
     if cls is MixingWeights:
         weight1, weight2 = parameters['weight1'], parameters['weight2']
         return weight1.shape == (len(weight1), channels) and weight2.shape == (len(maps), len(weight1))
@@ -94,9 +103,9 @@ def _is_plain(module: Any, cls: Any, maps: Sequence[Tensor]) -> bool:
     return True
 
 
-def uses_batch_statistics(norm: Optional[nn.BatchNorm2d]) -> bool:
+def uses_batch_statistics(norm: nn.BatchNorm2d) -> bool:
     """As BatchNorm itself decides."""
-    return norm is not None and (norm.training or norm._buffers['running_mean'] is None)
+    return norm.training or norm._buffers['running_mean'] is None
 
 
 def _update_running(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor, count: int) -> None:
@@ -104,7 +113,9 @@ def _update_running(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor, count: int)
         return
     if norm.num_batches_tracked is not None:
         norm.num_batches_tracked.add_(1)
-    momentum = 1 / float(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
+    momentum = norm.momentum
+    if momentum is None:
+        momentum = 0. if norm.num_batches_tracked is None else 1 / float(norm.num_batches_tracked)
     norm.running_mean.lerp_(mean, momentum)
     norm.running_var.lerp_(var * (count / (count - 1)), momentum)
 
@@ -169,7 +180,7 @@ def fused_merge(
     parameters = [mix._parameters[name].to(dtype) for name in ('weight1', 'weight2')]
     if norm is None:
         ones = torch.ones(sum([x.shape[1] for x in maps[:1 if is_sum else None]]), dtype=dtype, device=first.device)
-        parameters += [ones, 0 * ones, 0 * ones, 1 * ones]  # the identity; torch.compile wants four
+        parameters += [ones, 0 * ones, 0 * ones, 1 * ones]  # the identity
     else:
         own, buffers = norm._parameters, norm._buffers
         running = (None, None) if uses_batch_statistics(norm) else (buffers['running_mean'], buffers['running_var'])
@@ -178,7 +189,8 @@ def fused_merge(
     if torch.is_grad_enabled():
         y, stats = _FusedMerge.apply(*options, *parameters, *maps)
     else:
-        y, _, stats = kernels.merge(*_arguments(options, parameters, maps), overwrite=overwrite or not is_sum)
+        y, _, stats = kernels.merge(
+            *_arguments(options, parameters, maps), overwrite=not is_sum or overwrite and not is_watched())
     if norm is not None:
         _update_running(norm, stats[0], stats[1], len(y) * y.shape[2] * y.shape[3])
     return y

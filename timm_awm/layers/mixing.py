@@ -102,7 +102,7 @@ class MixingWeights(nn.Module):
         if not isinstance(hidden_features, int) or hidden_features < 1:
             raise ValueError(f'The hidden layer of a merge needs a positive whole width, got {hidden_features!r}.')
         self.num_paths = num_paths
-        # no nn.Linear: whatever swaps or hooks those would miss that both are applied in float32
+        # no nn.Linear: tools that replace or hook every Linear would meet layers whose forward is never called
         self.weight1 = nn.Parameter(torch.empty(hidden_features, num_features, device=device, dtype=dtype))
         self.weight2 = nn.Parameter(torch.empty(num_paths, hidden_features, device=device, dtype=dtype))
         self.reset_parameters()

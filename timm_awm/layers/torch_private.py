@@ -8,7 +8,7 @@ import torch
 from torch.autograd import forward_ad
 from torch.nn.modules import module as torch_module
 
-__all__ = ['is_intercepted', 'is_exactly', 'load_cpp']
+__all__ = ['is_intercepted', 'is_watched', 'is_exactly', 'load_cpp']
 
 
 def is_intercepted() -> bool:
@@ -18,6 +18,11 @@ def is_intercepted() -> bool:
         or forward_ad._current_level >= 0
         or torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks
         or torch_module._global_backward_hooks or torch_module._global_backward_pre_hooks)
+
+
+def is_watched() -> bool:
+    """Whether a mode of torch sees, and may keep, what operators return."""
+    return bool(torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack())
 
 
 def is_exactly(module: Any, cls: Any) -> bool:

@@ -46,7 +46,7 @@ def merge(
         running_mean: None, as running_var, if BatchNorm uses the batch's statistics.
         channels: Of each path.
         relu: Whether act is a ReLU, else the identity.
-        overwrite: Whether the result may be written over u.
+        overwrite: Whether the result may be written over u; torch.compile does not.
 
     Returns:
         The result, a map like u; what `merge_backward` needs, (6, batch, channels of u): a, b, c, the mean and the

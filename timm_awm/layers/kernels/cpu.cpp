@@ -183,7 +183,8 @@ struct Merge {
     const void* const* in;
     A* saved;  // a, b, c and the moments of the maps, (6, N, C)
 
-    // hidden features, paths, channels of each path
+    // sizes: batch, channels, pixels, channels last, threads, ReLU, hidden features, paths, channels of each path.
+    // in: u, v or null, W1, W2, gamma, beta, running mean and variance or null; backward then saved and the gradient
     const Shape s{sizes[0], sizes[1], sizes[2], sizes[3] != 0, sizes[4]};
     const bool relu = sizes[5];
     const int64_t N = s.N, C = s.C, E = sizes[6], K = sizes[7], *channels = sizes + 8;
@@ -237,13 +238,13 @@ struct Merge {
         with_constants([&](auto two, auto relu) { affine_act<two(), relu()>(y); });
     }
 
-    // of m and v, the moments of what is normalised
-    void normalise(const A* m, const A* v) {
+    // of the moments of what is normalised
+    void normalise(const A* m, const A* variance) {
         if (running_mean) {
             mu.assign(running_mean, running_mean + C), sigma2.assign(running_var, running_var + C);
         } else {
             for_all([&](int64_t, int64_t c, int64_t i) { mu[c] += m[i] / N; });
-            for_all([&](int64_t, int64_t c, int64_t i) { sigma2[c] += (v[i] + (m[i] - mu[c]) * (m[i] - mu[c])) / N; });
+            for_all([&](int64_t, int64_t c, int64_t i) { sigma2[c] += (variance[i] + (m[i] - mu[c]) * (m[i] - mu[c])) / N; });
         }
         for (int64_t c = 0; c < C; ++c) {
             k[c] = gamma[c] / std::sqrt(sigma2[c] + eps);

@@ -66,5 +66,5 @@ def merge_backward(grad: Tensor, saved: Tensor, *args: Any) -> List[Tensor]:
     u, v, *parameters = args[:6]
     of_maps = [torch.empty_like(u), None if v is None else torch.empty_like(u)]
     of_parameters = [torch.zeros_like(x) for x in parameters]
-    _call('merge_backward', args, (saved, in_format_of(u, grad)), (*of_maps, *of_parameters))
+    _call('merge_backward', args, (saved, in_format_of(u, grad.resolve_neg())), (*of_maps, *of_parameters))
     return [x for x in (*of_maps, *of_parameters) if x is not None]

@@ -181,7 +181,7 @@ def _device(x: Tensor) -> ContextManager:
 
 def merge(u: Tensor, v: Any, *args: Any, overwrite: bool = False) -> List[Tensor]:
     *inputs, relu = args
-    y, saved, stats = empty_results(u, overwrite)
+    y, saved, _ = empty_results(u, overwrite)
     a, b, c, mean, var, other = saved
     grid, plan = _plan(u)
     with _device(u):
