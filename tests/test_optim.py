@@ -2,6 +2,7 @@ import copy
 import gc
 import logging
 import pickle
+from collections import defaultdict
 
 import pytest
 import timm
@@ -134,19 +135,28 @@ def test_rate_and_decay_of_the_merges_alone():
     assert_equal(model, by_hand)
 
 
-@pytest.mark.parametrize('lr', [None, .1])
-def test_the_rate_of_the_merges_keeps_its_share(lr):
-    base = create_optimizer_v2(net(), opt='adamw', lr=lr)
-    optimizer = alternating(net(), base='adamw', lr=lr, period=0, merge_lr_scale=.25)
-    optimizer.add_param_group(dict(params=list(Net().merges.parameters())))
-    kwargs = dict(sched='cosine', num_epochs=8, warmup_epochs=2, warmup_lr=0.)
-    schedulers = [create_scheduler_v2(o, **kwargs)[0] for o in (base, optimizer)]
+@pytest.mark.parametrize('schedule', [
+    lambda o: create_scheduler_v2(o, sched='cosine', num_epochs=8, warmup_epochs=2, warmup_lr=.04, min_lr=.05)[0],
+    lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 8, eta_min=.05),
+    lambda o: torch.optim.lr_scheduler.OneCycleLR(o, .2, total_steps=9, cycle_momentum=False),
+])
+def test_the_rate_of_the_merges_keeps_its_share(schedule):
+    model, plain, late = net(), torch.optim.SGD(net().parameters(), lr=.1), SumMerge(4)
+    optimizer = alternating(model, base='momentum', momentum=0., lr=.1, period=0, merge_lr_scale=.25)
+    optimizer.add_param_group(dict(params=list(late.parameters()), lr=.1))
+    parts = {'merge': [*sides(model)['merge'], *late.parameters()], 'backbone': sides(model)['backbone']}
+    schedulers = schedule(plain), schedule(optimizer)
     for epoch in range(8):
+        before = copy.deepcopy(parts)
+        for p in (*parts['merge'], *parts['backbone']):
+            p.grad = torch.ones_like(p)
+        plain.step()
+        optimizer.step()
+        for side, scale in ('backbone', 1), ('merge', .25):
+            for p, q in zip(parts[side], before[side]):
+                torch.testing.assert_close(q - p, torch.full_like(p, scale * plain.param_groups[0]['lr']))
         for scheduler in schedulers:
-            scheduler.step(epoch)
-        whole = base.param_groups[0]['lr']
-        for group in copy.deepcopy(optimizer).param_groups:
-            assert group['lr'] == pytest.approx(whole * (.25 if group['side'] == 'merge' else 1))
+            scheduler.step(epoch + 1) if hasattr(scheduler, 'step_update') else scheduler.step()
 
 
 @pytest.mark.parametrize('base', BASES)
@@ -192,7 +202,7 @@ def test_frozen_side_waits_unchanged_under_every_base(base):
         before = snapshot(idle), snapshot(active)
         optimizer.set_epoch(epoch)
         for step in range(2):
-            loss_of(model, step).backward(create_graph=optimizer.is_second_order)
+            loss_of(model, step).backward(create_graph=getattr(optimizer, 'is_second_order', False))
             optimizer.step()
             optimizer.zero_grad()
         assert same(before[0], snapshot(idle)), f'{idle} moved in epoch {epoch}'
@@ -334,6 +344,50 @@ def test_copies_go_on_alike(kwargs):
         train(*args, 7, start=3)
     for other, _ in copies:
         assert_equal(model, other)
+
+
+def test_it_is_the_base():
+    model, log = net(), []
+    optimizer = alternating(model, period=1, **BASES['sgd'][0])
+    assert isinstance(optimizer, torch.optim.SGD)
+    optimizer.register_step_pre_hook(lambda *_: log.append('step'))
+    optimizer.register_step_post_hook(lambda *_: log.append('stepped'))
+    optimizer.register_state_dict_pre_hook(lambda o: log.append(o))
+    optimizer.register_load_state_dict_post_hook(lambda o: log.append(o))
+    for _ in range(2):
+        log.clear()
+        train(model, optimizer, 1)
+        optimizer.load_state_dict(optimizer.state_dict())
+        assert log == ['step', 'stepped'] * STEPS_PER_EPOCH + [optimizer, optimizer]
+
+
+def test_the_state_can_be_reset():
+    model, by_hand = net(), net()
+    optimizer = alternating(model, period=2, filter_bias_and_bn=False, **BASES['sgd'][0])
+    plain = BASES['sgd'][1](sides(by_hand)['backbone'])
+    for o, m in (optimizer, model), (plain, by_hand):
+        if o is optimizer:
+            o.set_epoch(0)
+        steps(m, o, 0, 2)
+        o.state = defaultdict(dict)
+        steps(m, o, 2, 4)
+    assert_equal(model, by_hand)
+
+
+@pytest.mark.parametrize('base, key, nearest', [
+    ('sgd', 'perod', 'period'), ('sgd', 'nesterof', 'nesterov'), ('adamw', 'betta', 'betas'),
+    ('lamb', 'merge_lr_scal', 'merge_lr_scale')])
+def test_misspelt_arguments(base, key, nearest):
+    with pytest.raises(TypeError, match=f"its base {base} takes '{key}'; the nearest is '{nearest}'"):
+        alternating(net(), base=base, lr=.1, **{key: 3})
+
+
+def test_groups_have_no_arguments_of_the_optimizer():
+    optimizer = alternating(net(), base='sgd', lr=.1)
+    for make in Alternating, optimizer.add_param_group:
+        groups = dict(params=list(nn.Linear(2, 2).parameters()), merge_lr_scale=.1)
+        with pytest.raises(ValueError, match='no merge_lr_scale of its own.*ZeroRedundancyOptimizer'):
+            make(groups if make == optimizer.add_param_group else [groups])
 
 
 @pytest.mark.parametrize('epoch', [-1, 1.5, '3', torch.tensor(1), None, True])

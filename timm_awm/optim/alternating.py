@@ -3,12 +3,14 @@
 Paper: "Residual Convolutional Neural Network Revisited with Active Weighted Mapping" (Jung et al., 2018), section 3.2.
 """
 import difflib
+import functools
+import inspect
 import logging
 import weakref
-from typing import Any, Callable, Dict, Iterable, List, Optional
+from typing import Any, Callable, Dict, Iterable, List, Optional, Tuple
 
 import torch.distributed as dist
-from timm.optim import create_optimizer_v2, list_optimizers
+from timm.optim import create_optimizer_v2, get_optimizer_class, list_optimizers
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -31,6 +33,8 @@ class Alternating(Optimizer):
     While one side trains, the other is frozen: it gets no gradient, no step, no weight decay and no momentum, and its
     optimizer state does not change (except for MADGRAD's step count, which both sides share).
 
+    It is the base, with alternation: of a subclass of its class, with its state and attributes.
+
     Frozen parameters have `requires_grad` False until their phase comes, `unfreeze` is called, or the optimizer is
     deleted. What the user has frozen stays frozen.
 
@@ -45,14 +49,16 @@ class Alternating(Optimizer):
         base: Name of the optimizer in timm's registry.
         period: Epochs of a backbone phase (the paper's t), 3 if not given; 0 trains both sides jointly, as `base` does.
         merge_period: Epochs of a merge phase, as long as a backbone phase if not given.
-        merge_lr_scale: Factor on the learning rate of the merges.
+        merge_lr_scale: Factor on the learning rate of the merges, in `step`: their groups' 'lr' stays the scheduler's.
         merge_weight_decay: Weight decay of the merges, that of their parameter group if not given.
         train: 'merge' trains only the merges, 'merge+head' only the merges and the classifier of an AWM model.
         **kwargs: lr, weight_decay, ... of the base optimizer, as for `timm.optim.create_optimizer_v2`.
 
     Raises:
         ValueError: There is nothing to train on a side, or another alternating optimizer has frozen it; the base is
-            unknown; or another argument is out of range or contradicts `train`.
+            unknown; a parameter group has an argument that is the optimizer's; or another argument is out of range or
+            contradicts `train`.
+        TypeError: The base has no such argument.
     """
 
     def __init__(
@@ -87,11 +93,11 @@ class Alternating(Optimizer):
         params = list(params)
         groups = params if params and isinstance(params[0], dict) else [{'params': params}]
         groups = [part for group in groups for part in self._split(group)]
-        self.base = create_optimizer_v2(groups, opt=_known(base), **kwargs)
-        for group in self.base.param_groups:
+        optimizer = _create(groups, _known(base), kwargs)
+        self.__dict__.update(optimizer.__dict__)
+        self.__class__ = _class_over(type(optimizer))
+        for group in self.param_groups:
             self._tune(group)
-        super().__init__(self.base.param_groups, self.base.defaults)
-        self._share()
         thaw = 'If an earlier alternating optimizer has left this side frozen, call its unfreeze() first.'
         required = {
             MERGE: 'AWM merge to train among its parameters. Use a model with merges (awm_*, without awm=False, and '
@@ -112,27 +118,22 @@ class Alternating(Optimizer):
             self._freeze()
         self._enlist()
 
-    def _share(self) -> None:
-        # one list and one state for both: the base sees what schedulers, scalers and users change here
-        self.param_groups = self.base.param_groups
-        self.state = self.base.state
-
     def _enlist(self) -> None:
         _live.add(self)
         weakref.finalize(self, _thaw, self._frozen).atexit = False
 
+    def __reduce__(self) -> Tuple[Any, ...]:
+        return _blank, (type(self).__bases__[1],), self.__getstate__()
+
     def __getstate__(self) -> Dict[str, Any]:
         own = {name: getattr(self, name) for name in (
-            'base', 'schedule', '_with_head', '_frozen', '_merge_lr_scale', '_merge_weight_decay')}
+            'schedule', '_with_head', '_frozen', '_merge_lr_scale', '_merge_weight_decay')}
         return {**super().__getstate__(), **own}
 
     def __setstate__(self, state: Dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._enlist()  # copied or unpickled
-
-    @property
-    def is_second_order(self) -> bool:
-        return getattr(self.base, 'is_second_order', False)
+        if self not in _live:  # copied or unpickled, and no state loaded
+            self._enlist()
 
     @property
     def epoch(self) -> Optional[int]:
@@ -181,17 +182,25 @@ class Alternating(Optimizer):
         if self.epoch is None and not any(
                 group['lr'] or any(p.grad is not None and p.grad.any() for p in group['params'])
                 for group in self.param_groups):
-            return self.base.step(closure)  # changes nothing: torch.distributed.checkpoint creates the state so
+            return super().step(closure)  # changes nothing: torch.distributed.checkpoint creates the state so
         idle = self._idle
         for p in self._parameters(idle):
             p.grad = None  # computed before the freeze, or put there by DDP
-        groups = self.base.param_groups
+        groups = self.param_groups
         # hidden from the base, as some optimizers count steps per group
-        self.base.param_groups = [group for group in groups if group['side'] != idle]
+        self.param_groups = [group for group in groups if group['side'] != idle]
+        scaled = [(group, group['lr']) for group in self.param_groups if group['side'] == MERGE]
         try:
-            return self.base.step(closure)
+            for group, lr in scaled:
+                if self._merge_lr_scale != 1:
+                    group['lr'] = lr * self._merge_lr_scale
+            return super().step(closure)
         finally:
-            self.base.param_groups = groups
+            self.param_groups = groups
+            for group, lr in scaled:
+                group['lr'] = lr
+
+    step.hooked = True  # type: ignore[attr-defined]  # the base's step calls the hooks
 
     def add_param_group(self, param_group: Dict[str, Any]) -> None:
         for part in self._split(param_group):
@@ -199,9 +208,6 @@ class Alternating(Optimizer):
             self._tune(self.param_groups[-1])
         if self._frozen:
             self._freeze()
-
-    def state_dict(self) -> Dict[str, Any]:
-        return self.base.state_dict()
 
     def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
         """Load a state; the saved epoch goes on.
@@ -217,8 +223,7 @@ class Alternating(Optimizer):
             raise ValueError(
                 'This optimizer state was not saved by an alternating optimizer of the same model and the same '
                 'parameter groups. Resume with the --opt that the run was started with, or with --no-resume-opt.')
-        self.base.load_state_dict(state_dict)
-        self._share()
+        super().load_state_dict(state_dict)
         if self.schedule.period:
             self.unfreeze()
 
@@ -231,8 +236,11 @@ class Alternating(Optimizer):
 
     def _split(self, group: Dict[str, Any]) -> List[Dict[str, Any]]:
         """One parameter group for each side that has parameters in the group."""
-        if 'side' in group:
-            return [group]
+        own = group.keys() & {'base', 'period', 'merge_period', 'merge_lr_scale', 'merge_weight_decay', 'train'}
+        if own:
+            raise ValueError(
+                f'A parameter group has no {min(own)} of its own: give it to the alternating optimizer as a whole. '
+                'ZeroRedundancyOptimizer, which hands such arguments to groups, cannot hold it; DDP works.')
         params = group['params']
         params = [params] if isinstance(params, Tensor) else list(params)
         side_of = {id(p): MERGE for p in merge_parameters()}
@@ -245,13 +253,11 @@ class Alternating(Optimizer):
         return [{'epoch': None, **group, 'params': members, 'side': side} for side, members in sides.items() if members]
 
     def _tune(self, group: Dict[str, Any]) -> None:
-        """Sets learning rate and weight decay of a new group of merges."""
+        """Sets the weight decay of a new group of merges."""
         if group['side'] != MERGE:
             return
-        if self._merge_lr_scale != 1:
-            if group['lr'] is None:  # Adafactor finds its own
-                raise ValueError('merge_lr_scale needs a learning rate to scale: give lr.')
-            group['lr'] = group['lr'] * self._merge_lr_scale
+        if self._merge_lr_scale != 1 and group['lr'] is None:  # Adafactor finds its own
+            raise ValueError('merge_lr_scale needs a learning rate to scale: give lr.')
         if self._merge_weight_decay is not None:
             group['weight_decay'] = self._merge_weight_decay
 
@@ -261,6 +267,16 @@ class Alternating(Optimizer):
         for p in self._frozen:
             p.requires_grad_(False)
             p.grad = None
+
+
+@functools.lru_cache(maxsize=None)
+def _class_over(base_class: Any) -> Any:
+    return type(f'Alternating{base_class.__name__}', (Alternating, base_class), {})
+
+
+def _blank(base_class: Any) -> Optimizer:
+    cls = _class_over(base_class)
+    return cls.__new__(cls)
 
 
 def live() -> List[Alternating]:
@@ -290,3 +306,18 @@ def _known(base: str) -> str:
     raise ValueError(
         f'Unknown base optimizer {base!r}, the nearest is {nearest[0]!r}{hint}. '
         'timm.optim.list_optimizers() lists them all.')
+
+
+def _create(groups: List[Any], base: str, kwargs: Dict[str, Any]) -> Optimizer:
+    try:
+        return create_optimizer_v2(groups, opt=base, **kwargs)
+    except TypeError as error:
+        functions = Alternating, create_optimizer_v2, get_optimizer_class(base, bind_defaults=False)
+        known = [name for function in functions for name in inspect.signature(function).parameters]
+        for key in kwargs:
+            if key not in known:
+                nearest = difflib.get_close_matches(key, known, n=1, cutoff=0)[0]
+                raise TypeError(
+                    f'Neither the alternating optimizer nor its base {base} takes {key!r}; the nearest is {nearest!r}.'
+                ) from error
+        raise
