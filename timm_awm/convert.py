@@ -32,8 +32,8 @@ def convert(model: nn.Module, awm_hidden: Optional[int] = None) -> nn.Module:
     is then ready for the alternating optimizer and for `timm_awm.hub.save_for_hub`. A copy: convert(deepcopy(model)).
 
     Args:
-        model: A `timm.models.ResNet` of BasicBlocks or Bottlenecks, with whatever arguments, a `timm.models.DenseNet`,
-            or a plain control of timm_awm's 32x32 networks.
+        model: A `timm.models.ResNet` of timm's blocks, with whatever arguments, a `timm.models.DenseNet`, or a plain
+            control of timm_awm's 32x32 networks.
         awm_hidden: Width e of the merges' hidden layers, 16 for ResNets and 24 for DenseNets if not given.
 
     Raises:
@@ -79,8 +79,8 @@ def _problem(model: nn.Module) -> str:
     unknown = {type(block).__name__ for block in blocks if type(block) not in AWM_BLOCKS}
     if unknown:
         return (
-            f'This {type(model).__name__} is made of {", ".join(sorted(unknown))}, which join their paths by '
-            f"themselves; there is a merge for timm's {', '.join(cls.__name__ for cls in AWM_BLOCKS)} only.")
+            f"This {type(model).__name__} is made of {', '.join(sorted(unknown))}; there is a merge for timm's own "
+            f"{', '.join(cls.__name__ for cls in AWM_BLOCKS)} only.")
     return '' if blocks else f'This {type(model).__name__} has no blocks.'
 
 

@@ -13,93 +13,15 @@ Papers:
 from functools import partial
 from typing import Any, List, Optional, Tuple, Union
 
-import torch
 from timm.models import BasicBlock, Bottleneck, ResNet, generate_default_cfgs, model_entrypoint
 from timm.models._features import feature_take_indices  # private: there is no other
 from torch import Tensor, nn
 
-from ..layers import SumMerge, fused_sum
-from .builder import AWM_BLOCKS, AWM_CLASSES, CIFAR10_CFG, AwmModel, register_awm_model
+from . import awm_resnet_blocks  # noqa: F401
+from .builder import AWM_CLASSES, CIFAR10_CFG, AwmModel, register_awm_model
 from .checkpoint import identity_cfgs
 
 __all__ = ['AwmResNet', 'CifarResNet', 'AwmCifarResNet']
-
-
-def _make_merge(block: nn.Module, last_conv: nn.Conv2d, **kwargs: Any) -> List[Tuple[nn.Module, nn.Module]]:
-    weight = last_conv.weight
-    return [(block, SumMerge(last_conv.out_channels, device=weight.device, dtype=weight.dtype, **kwargs))]
-
-
-class AwmBasicBlock(BasicBlock):
-    """timm's BasicBlock with a merge."""
-
-    @staticmethod
-    def make_merges(block: BasicBlock, **kwargs: Any) -> List[Tuple[nn.Module, nn.Module]]:
-        """What gets which merge."""
-        return _make_merge(block, block.conv2, **kwargs)
-
-    def forward(self, x: Tensor) -> Tensor:
-        shortcut = x
-
-        x = self.conv1(x)
-        x = self.bn1(x)
-        x = self.drop_block(x)
-        x = self.act1(x)
-        x = self.aa(x)
-
-        x = self.conv2(x)
-        if self.downsample is not None:
-            shortcut = self.downsample(shortcut)
-
-        if not torch.jit.is_scripting() and self.se is None and self.drop_path is None:
-            fused = fused_sum(self.merge, x, shortcut, self.bn2, self.act2, self.conv2)
-            if fused is not None:
-                return fused
-
-        x = self.bn2(x)
-        if self.se is not None:
-            x = self.se(x)
-        if self.drop_path is not None:
-            x = self.drop_path(x)
-        return self.act2(self.merge(x, shortcut))
-
-
-class AwmBottleneck(Bottleneck):
-    """timm's Bottleneck with a merge."""
-
-    @staticmethod
-    def make_merges(block: Bottleneck, **kwargs: Any) -> List[Tuple[nn.Module, nn.Module]]:
-        """What gets which merge."""
-        return _make_merge(block, block.conv3, **kwargs)
-
-    def forward(self, x: Tensor) -> Tensor:
-        shortcut = x
-
-        x = self.conv1(x)
-        x = self.bn1(x)
-        x = self.act1(x)
-
-        x = self.conv2(x)
-        x = self.bn2(x)
-        x = self.drop_block(x)
-        x = self.act2(x)
-        x = self.aa(x)
-
-        x = self.conv3(x)
-        if self.downsample is not None:
-            shortcut = self.downsample(shortcut)
-
-        if not torch.jit.is_scripting() and self.se is None and self.drop_path is None:
-            fused = fused_sum(self.merge, x, shortcut, self.bn3, self.act3, self.conv3)
-            if fused is not None:
-                return fused
-
-        x = self.bn3(x)
-        if self.se is not None:
-            x = self.se(x)
-        if self.drop_path is not None:
-            x = self.drop_path(x)
-        return self.act3(self.merge(x, shortcut))
 
 
 class AwmResNet(AwmModel, ResNet):
@@ -172,7 +94,6 @@ class AwmCifarResNet(AwmResNet, CifarResNet):
     """CifarResNet with AWM merges."""
 
 
-AWM_BLOCKS.update({BasicBlock: AwmBasicBlock, Bottleneck: AwmBottleneck})
 AWM_CLASSES.update({ResNet: AwmResNet, CifarResNet: AwmCifarResNet})
 
 IMAGENET = [

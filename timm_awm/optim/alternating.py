@@ -93,9 +93,9 @@ class Alternating(Optimizer):
         params = list(params)
         groups = params if params and isinstance(params[0], dict) else [{'params': params}]
         groups = [part for group in groups for part in self._split(group)]
-        optimizer = _create(groups, _known(base), kwargs)
+        optimizer: Any = _create(groups, _known(base), kwargs)
         self.__dict__.update(optimizer.__dict__)
-        self.__class__ = _class_over(type(optimizer))
+        self.__class__ = _class_over(optimizer.__class__)
         for group in self.param_groups:
             self._tune(group)
         thaw = 'If an earlier alternating optimizer has left this side frozen, call its unfreeze() first.'
