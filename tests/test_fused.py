@@ -337,6 +337,7 @@ def test_what_the_kernels_cannot_read_is_left_to_torch():
     assert fused_sum(merge, x, x, nn.BatchNorm2d(4)) is not None
     assert fused_sum(merge, torch._neg_view(x), x) is None
     assert fused_sum(merge, x[..., None], x[..., None]) is None
+    assert fused_sum(merge, x.to_sparse(), x.to_sparse()) is fused_sum(merge, x.to_mkldnn(), x.to_mkldnn()) is None
     for module, names in (merge.mix, ('weight1', 'weight2')), (norm := nn.BatchNorm2d(4), ('weight', 'bias')):
         for name in names:  # as in a replica of DataParallel
             p = module._parameters.pop(name)

@@ -12,6 +12,7 @@ from timm.layers import BlurPool2d, set_reentrant_ckpt
 from timm.models import BasicBlock, Bottleneck, DenseNet, ResNet
 from timm.models.densenet import DenseBlock, DenseLayer
 from timm.optim import create_optimizer_v2
+from torch.fx.experimental.optimization import optimize_for_inference
 
 from timm_awm.layers import ConcatMerge, SumMerge, merge_parameters, record_mixing_weights
 from timm_awm.models import CifarDenseNet, CifarResNet
@@ -274,11 +275,15 @@ def test_merges_survive_timms_feature_graph(name):
 
 @pytest.mark.parametrize('name', ['awm_resnet14_cifar', 'awm_densenet22_cifar', 'awm_resnet26d'])
 def test_symbolic_trace(name):
+    """Also of what torch.fx has rewritten, when wrapped functions are wrapped no more."""
     model = create(name, away=True).eval()
     traced = torch.fx.symbolic_trace(model)
+    rewritten = torch.fx.Transformer(traced).transform()
     x = images(batch=3)
     with torch.no_grad():
-        torch.testing.assert_close(traced(x), model(x))
+        for other in traced, rewritten, torch.fx.symbolic_trace(rewritten), optimize_for_inference(model):
+            torch.testing.assert_close(other(x), model(x))
+        torch.testing.assert_close(copy.deepcopy(traced).double()(x.double()), model.double()(x.double()))
 
 
 @pytest.mark.usefixtures('unfused')

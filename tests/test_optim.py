@@ -236,6 +236,17 @@ def test_a_compiled_model_follows_the_phases(backend):
     torch._dynamo.reset()
 
 
+def test_other_compiled_models_are_left_alone():
+    graphs = []
+    other = torch.compile(net(), backend=lambda graph, _: graphs.append(graph) or graph)
+    optimizer = alternating(net(), base='sgd', period=1, lr=.1)
+    for epoch in range(4):
+        optimizer.set_epoch(epoch)
+        loss_of(other, epoch)
+    assert len(graphs) == 1
+    torch._dynamo.reset()
+
+
 def all_require_grad(model):
     return all(p.requires_grad for p in model.parameters())
 

@@ -9,7 +9,6 @@ rounded once, to the dtype of its paths.
 from typing import Any, List, Optional, Sequence
 
 import torch
-import torch.fx
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
@@ -18,9 +17,6 @@ from .mixing import MixingWeights, channel_mean
 from .torch_private import is_exactly
 
 __all__ = ['SumMerge', 'ConcatMerge', 'fused_sum', 'fused_concat']
-
-# torch.fx cannot follow the dtype of a proxy
-torch.fx.wrap('channel_mean')
 
 
 class SumMerge(nn.Module):
@@ -49,9 +45,10 @@ class SumMerge(nn.Module):
             if fused is not None:
                 return fused
         scales = self.mix(torch.cat([channel_mean(branch), channel_mean(shortcut)], dim=1))
-        # a · F + b · x and no lerp: the plain sum, bit for bit, at λ = ½
+        # a · F + b · x and no lerp: the plain sum, bit for bit, at λ = ½. mul, as `*` of torch.fx's
+        # optimize_for_inference cannot broadcast
         a, b = scales.view(-1, 2, 1, 1, 1).unbind(1)
-        return (a * branch + b * shortcut).to(branch.dtype)
+        return (branch.mul(a) + shortcut.mul(b)).to(branch.dtype)
 
 
 class ConcatMerge(nn.Module):
@@ -87,7 +84,7 @@ class ConcatMerge(nn.Module):
                 return fused
         scales = self.mix(torch.cat([channel_mean(x) for x in maps], dim=1))
         weights = scales[:, :, None, None, None]
-        return torch.cat([(weights[:, i] * x).to(x.dtype) for i, x in enumerate(maps)], dim=1)
+        return torch.cat([x.mul(weights[:, i]).to(x.dtype) for i, x in enumerate(maps)], dim=1)
 
 
 def fused_sum(

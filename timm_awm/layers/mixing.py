@@ -4,12 +4,12 @@ They compute in float32 (float64 for float64 maps) whatever the autocast.
 """
 import math
 import weakref
-from typing import Any, Dict, List, Tuple
+from typing import Any, Dict, Iterable, List, Tuple
 
 import torch
-import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import handle_torch_function, has_torch_function
 
 __all__ = [
     'MixingWeights', 'channel_mean', 'mixing_logits', 'scaled_mixing_weights', 'wide_dtype', 'count_parameters',
@@ -33,6 +33,8 @@ def channel_mean(x: Tensor) -> Tensor:
     Returns:
         (batch, channels), float32 or float64.
     """
+    if has_torch_function((x,)):  # a proxy of torch.fx, which knows no dtype
+        return handle_torch_function(channel_mean, (x,), x)
     return x.mean((2, 3), dtype=wide_dtype(x))
 
 
@@ -51,15 +53,13 @@ def mixing_logits(z: Tensor, weight1: Tensor, weight2: Tensor) -> Tensor:
         # TorchScript can only switch autocast off for a device known when it compiles; float64 is what autocast skips
         hidden = F.relu(F.linear(z.double(), weight1.double()))
         return F.linear(hidden, weight2.double()).to(z.dtype)
+    if has_torch_function((z,)):  # a proxy, which knows no device
+        return handle_torch_function(mixing_logits, (z,), z, weight1, weight2)
     weight1, weight2 = weight1.to(z.dtype), weight2.to(z.dtype)
     if z.is_meta or not torch.is_autocast_enabled(z.device.type):  # autocast does not know the meta device
         return F.linear(F.relu(F.linear(z, weight1)), weight2)
     with torch.autocast(z.device.type, enabled=False):
         return F.linear(F.relu(F.linear(z, weight1)), weight2)
-
-
-# torch.fx cannot follow the device of a proxy
-torch.fx.wrap('mixing_logits')
 
 
 def scaled_mixing_weights(logits: Tensor) -> Tensor:
@@ -132,14 +132,16 @@ def merge_parameters() -> List[nn.Parameter]:
     return [p for mix in list(_live) for p in mix.parameters()]
 
 
-def renew_compiled_guards() -> None:
-    """Makes compiled networks with merges look again at which parameters require gradients.
+def renew_compiled_guards(params: Iterable[Tensor]) -> None:
+    """Makes compiled networks with merges of these parameters look again at which parameters require gradients.
 
     torch.compile trusts a module whose dict of parameters is the same. In torch 2.9 it does not see `requires_grad_`,
     and would go on with the graph of the other phase; in 2.14 it does.
     """
+    own = {id(p) for p in params}
     for mix in list(_live):
-        mix._parameters = dict(mix._parameters)
+        if any(id(p) in own for p in mix.parameters()):
+            mix._parameters = dict(mix._parameters)
 
 
 def count_parameters(model: nn.Module) -> Tuple[int, int, int]:

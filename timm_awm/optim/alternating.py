@@ -176,7 +176,7 @@ class Alternating(Optimizer):
     def unfreeze(self) -> None:
         """Undo the freezing, after the training; `set_epoch` freezes again."""
         _thaw(self._frozen)
-        renew_compiled_guards()
+        renew_compiled_guards(self._parameters(MERGE))
 
     def step(self, closure: Optional[Callable[[], float]] = None) -> Optional[float]:  # type: ignore[override]
         if self.epoch is None and not any(
