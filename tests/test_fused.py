@@ -1,10 +1,12 @@
 """The fused merges against the plain formula, which test_layers and test_models hold to the paper's equations."""
 import copy
 import os
+import re
+import shutil
 import subprocess
 import sys
-import warnings
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,8 +16,8 @@ from timm.utils import freeze
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import timm_awm
 from timm_awm.layers import ConcatMerge, SumMerge, fused_concat, fused_sum, set_fused_merge
-from timm_awm.layers.kernels import cpu
 
 NHWC, NCHW = torch.channels_last, torch.contiguous_format
 both_modes = pytest.mark.parametrize('training', [True, False])
@@ -410,24 +412,33 @@ def test_frozen_layers_before_a_merge_need_no_gradient():
     assert all((p.grad is None) == n.startswith('layer1.') for n, p in model.named_parameters())
 
 
-def test_without_a_compiler_the_plain_formula_is_used_and_said_once(monkeypatch):
-    from torch._inductor.codecache import CppCodeCache
+MERGE = """
+import torch, timm_awm
+from timm_awm.layers import SumMerge, fused_sum
+merge, x = SumMerge(4), torch.ones(2, 4, 3, 3)
+print(timm_awm.__file__, fused_sum(merge, x, x) is not None, torch.equal(merge(x, x), 2 * x))
+"""
 
-    def load(*_):
-        raise RuntimeError('no compiler')
 
-    monkeypatch.setattr(CppCodeCache, 'load', load)
-    cpu._library.cache_clear()
-    merge = SumMerge(4)
-    u, x = torch.randn(2, 2, 4, 3, 3)
-    try:
-        with pytest.warns(UserWarning, match='could not be built.*TIMM_AWM_FUSED=0.*no compiler'):
-            assert torch.equal(merge(u, x), u + x)
-        with warnings.catch_warnings():
-            warnings.simplefilter('error')
-            merge(u, x)
-    finally:
-        cpu._library.cache_clear()
+def run_merge(*flags, **env):
+    return subprocess.run(
+        [sys.executable, *flags, '-c', MERGE], env={**os.environ, **env}, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize('env, why', [
+    (dict(CXX='no-such-compiler'), 'no-such-compiler'), (dict(TORCHINDUCTOR_CACHE_DIR='{}/a b'), 'a b|fatal error')])
+def test_where_they_cannot_be_built_the_plain_formula_is_used_and_said_once(env, why, tmp_path):
+    env = {'TORCHINDUCTOR_CACHE_DIR': str(tmp_path), **{k: v.format(tmp_path) for k, v in env.items()}}
+    result = run_merge('-W', 'error::UserWarning', **env)
+    assert result.stdout.endswith(' False True\n'), result.stderr
+    assert result.stderr.count('could not be built') == 1
+    assert re.search(f'(?s)need g.. or clang.*TORCHINDUCTOR_CACHE_DIR.*TIMM_AWM_FUSED=0.*({why})', result.stderr)
+
+
+def test_the_package_in_a_zip_file(tmp_path):
+    path = shutil.make_archive(str(tmp_path / 'package'), 'zip', Path(timm_awm.__file__).parents[1], 'timm_awm')
+    result = run_merge('-P', PYTHONPATH=path)
+    assert result.stdout.startswith(path) and result.stdout.endswith(' True True\n'), result.stderr
 
 
 def test_the_environment_says_how_the_switch_starts():

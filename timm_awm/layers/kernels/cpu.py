@@ -5,8 +5,8 @@ of maps, which are float32, bfloat16 or float64. Then it lies in torch's cache.
 """
 import ctypes
 import functools
-import warnings
-from pathlib import Path
+import logging
+from importlib.resources import files
 from typing import Any, List, Optional, Sequence, Tuple
 
 import torch
@@ -17,6 +17,8 @@ from . import empty_results, in_format_of
 
 __all__ = ['is_available', 'merge', 'merge_backward']
 
+_logger = logging.getLogger(__name__)
+
 _TYPES = {torch.float32: 'float', torch.bfloat16: 'bfloat16', torch.float64: 'double'}
 
 
@@ -24,13 +26,13 @@ _TYPES = {torch.float32: 'float', torch.bfloat16: 'bfloat16', torch.float64: 'do
 def _library(dtype: torch.dtype) -> Optional[ctypes.CDLL]:
     try:
         wide = 'double' if dtype == torch.float64 else 'float'
-        source = Path(__file__).with_name('cpu.cpp').read_text(encoding='utf-8')
+        source = files(__package__).joinpath('cpu.cpp').read_text(encoding='utf-8')
         return load_cpp(f'#define MAP {_TYPES[dtype]}\n#define WIDE {wide}\n{source}')
     except Exception as error:  # of the compiler's set-up, of any kind
-        warnings.warn(
-            'The fused merges could not be built, so the plain formula is used, which is slower. Usually g++ or clang '
-            f'is missing. TIMM_AWM_FUSED=0 silences this. {type(error).__name__}: {str(error).strip()[:300]}',
-            stacklevel=2)
+        _logger.warning(
+            'The fused merges could not be built, so the plain formula is used, which is slower. They need g++ or '
+            "clang, and torch's cache (TORCHINDUCTOR_CACHE_DIR) at a path without spaces. TIMM_AWM_FUSED=0 silences this. "
+            f'{type(error).__name__}: ...{str(error).strip()[-300:]}')
         return None
 
 
