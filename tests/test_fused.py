@@ -193,11 +193,13 @@ BLOCKS = dict(
 
 
 @both_modes
-@pytest.mark.parametrize('case', [*BLOCKS, 'no_norm', 'frozen_statistics', 'synced', 'float16'])
+@pytest.mark.parametrize('case', [*BLOCKS, 'no_norm', 'empty_shortcut', 'frozen_statistics', 'synced', 'float16'])
 def test_other_blocks_are_the_plain_formula(case, training):
     block = network('awm_resnet26d', **BLOCKS.get(case, {})).layer2[1].double().train(training)
     if case == 'no_norm':
         block.bn3 = nn.Identity()
+    if case == 'empty_shortcut':
+        block.downsample = nn.Sequential()
     if case == 'frozen_statistics':
         freeze(block, include_bn_running_stats=True)
         block.bn3.weight.requires_grad_()
@@ -218,6 +220,12 @@ def test_other_blocks_are_the_plain_formula(case, training):
 class Tripled(nn.BatchNorm2d):
     def forward(self, x):
         return 3 * super().forward(x)
+
+
+class Kept(nn.Conv2d):
+    def forward(self, x):
+        self.kept = super().forward(x).square()
+        return self.kept
 
 
 class Add(nn.Module):
@@ -255,6 +263,8 @@ def changed(stage, how):
         block.bn3.register_forward_pre_hook(lambda module, args: (args[0].square(),))
     elif how == 'parametrisation of the norm':
         torch.nn.utils.parametrize.register_parametrization(block.bn3, 'weight', nn.Softplus())
+    elif how == 'subclass of the convolution':
+        block.conv3.__class__ = Kept
     elif how == 'convolution of their own':
         block.conv3 = nn.Sequential(block.conv3, nn.Hardtanh())
     elif how == 'another merge':
@@ -273,15 +283,16 @@ def changed(stage, how):
 @both_modes
 @pytest.mark.parametrize('how', [
     'subclass of the norm', 'forward of the norm', 'hook on the convolution', 'pre-hook on the norm',
-    'parametrisation of the norm', 'convolution of their own', 'another merge', 'subclass of the merge',
-    'wrapper around the FC layers', 'another act', 'subclass of the block'])
+    'parametrisation of the norm', 'subclass of the convolution', 'convolution of their own', 'another merge',
+    'subclass of the merge', 'wrapper around the FC layers', 'another act', 'subclass of the block'])
 def test_what_changes_a_modules_call_is_obeyed(how, training):
     stage = network('awm_resnet26d').layer2.double().train(training)
     x = torch.randn(4, 256, 6, 6, dtype=torch.float64)
 
     def run(stage):
         with torch.set_grad_enabled(training):
-            return dict(out=stage(x))
+            out = stage(x)
+        return dict(out=out, kept=getattr(stage[1].conv3, 'kept', out))
 
     before = run(copy.deepcopy(stage))
     plain, fused = both(stage, lambda stage: run(changed(stage, how)))

@@ -31,8 +31,8 @@ def _library(dtype: torch.dtype) -> Optional[ctypes.CDLL]:
     except Exception as error:  # of the compiler's set-up, of any kind
         _logger.warning(
             'The fused merges could not be built, so the plain formula is used, which is slower. They need g++ or '
-            "clang, and torch's cache (TORCHINDUCTOR_CACHE_DIR) at a path without spaces. TIMM_AWM_FUSED=0 silences this. "
-            f'{type(error).__name__}: ...{str(error).strip()[-300:]}')
+            "clang, and torch's cache (TORCHINDUCTOR_CACHE_DIR) at a path without spaces. TIMM_AWM_FUSED=0 silences "
+            f'this. {type(error).__name__}: ...{str(error).strip()[-300:]}')
         return None
 
 
