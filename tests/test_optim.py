@@ -236,15 +236,11 @@ def test_a_compiled_model_follows_the_phases(backend):
     torch._dynamo.reset()
 
 
-def test_other_compiled_models_are_left_alone():
-    graphs = []
-    other = torch.compile(net(), backend=lambda graph, _: graphs.append(graph) or graph)
-    optimizer = alternating(net(), base='sgd', period=1, lr=.1)
-    for epoch in range(4):
-        optimizer.set_epoch(epoch)
-        loss_of(other, epoch)
-    assert len(graphs) == 1
-    torch._dynamo.reset()
+def test_merges_of_other_models_are_left_alone():
+    other, optimizer = SumMerge(4).mix, alternating(net(), base='sgd', period=1, lr=.1)
+    parameters = other._parameters  # another thread may be reading them
+    optimizer.set_epoch(0)
+    assert other._parameters is parameters
 
 
 def all_require_grad(model):
@@ -359,8 +355,10 @@ def test_copies_go_on_alike(kwargs):
 
 def test_it_is_the_base():
     model, log = net(), []
-    optimizer = alternating(model, period=1, **BASES['sgd'][0])
+    optimizer = alternating(model, period=1, merge_lr_scale=.5, **BASES['sgd'][0])
     assert isinstance(optimizer, torch.optim.SGD)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, .5)
+    optimizer.register_step_post_hook(lambda *_: scheduler.step())  # sees, and changes, all groups
     optimizer.register_step_pre_hook(lambda *_: log.append('step'))
     optimizer.register_step_post_hook(lambda *_: log.append('stepped'))
     optimizer.register_state_dict_pre_hook(lambda o: log.append(o))
@@ -370,6 +368,32 @@ def test_it_is_the_base():
         train(model, optimizer, 1)
         optimizer.load_state_dict(optimizer.state_dict())
         assert log == ['step', 'stepped'] * STEPS_PER_EPOCH + [optimizer, optimizer]
+    assert {group['lr'] for group in optimizer.param_groups} == {.1 * .5 ** (2 * STEPS_PER_EPOCH)}
+
+
+def test_the_rate_that_a_base_finds_by_itself_is_kept():
+    model = net()
+    optimizer = alternating(model, base='adafactor', lr=None, period=0)
+    steps(model, optimizer, 0, 2)
+    assert all(group['lr'] > 0 for group in optimizer.param_groups)
+
+
+class Counting(Alternating):
+    steps = 0
+
+    def step(self, closure=None):
+        self.steps += 1
+        return super().step(closure)
+
+
+def test_subclasses_keep_what_they_override():
+    model = net()
+    optimizer = Counting(model.parameters(), base='sgd', period=1, lr=.1)
+    for o in (optimizer, copy.deepcopy((model, optimizer))[1]):
+        assert isinstance(o, Counting) and isinstance(o, torch.optim.SGD)
+        o.set_epoch(0)
+        o.step()
+    assert optimizer.steps == 1
 
 
 def test_the_state_can_be_reset():

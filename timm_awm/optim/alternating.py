@@ -28,12 +28,12 @@ _live: 'weakref.WeakSet[Alternating]' = weakref.WeakSet()
 
 
 class Alternating(Optimizer):
-    """Wraps an optimizer of timm's registry and trains backbone and merges in turn.
+    """An optimizer of timm's registry that trains backbone and merges in turn.
 
     While one side trains, the other is frozen: it gets no gradient, no step, no weight decay and no momentum, and its
     optimizer state does not change (except for MADGRAD's step count, which both sides share).
 
-    It is the base, with alternation: of a subclass of its class, with its state and attributes.
+    Its class is a subclass of the base's, so state, hooks and attributes are those of the base.
 
     Frozen parameters have `requires_grad` False until their phase comes, `unfreeze` is called, or the optimizer is
     deleted. What the user has frozen stays frozen.
@@ -95,7 +95,8 @@ class Alternating(Optimizer):
         groups = [part for group in groups for part in self._split(group)]
         optimizer: Any = _create(groups, _known(base), kwargs)
         self.__dict__.update(optimizer.__dict__)
-        self.__class__ = _class_over(optimizer.__class__)
+        self.__class__ = _class_over(self.__class__, optimizer.__class__)  # type: ignore[arg-type]
+        self._patch_step_function()  # for hooks, which see all groups
         for group in self.param_groups:
             self._tune(group)
         thaw = 'If an earlier alternating optimizer has left this side frozen, call its unfreeze() first.'
@@ -123,7 +124,7 @@ class Alternating(Optimizer):
         weakref.finalize(self, _thaw, self._frozen).atexit = False
 
     def __reduce__(self) -> Tuple[Any, ...]:
-        return _blank, (type(self).__bases__[1],), self.__getstate__()
+        return _blank, type(self).__bases__, self.__getstate__()
 
     def __getstate__(self) -> Dict[str, Any]:
         own = {name: getattr(self, name) for name in (
@@ -132,8 +133,7 @@ class Alternating(Optimizer):
 
     def __setstate__(self, state: Dict[str, Any]) -> None:
         super().__setstate__(state)
-        if self not in _live:  # copied or unpickled, and no state loaded
-            self._enlist()
+        self._enlist()  # copied or unpickled
 
     @property
     def epoch(self) -> Optional[int]:
@@ -182,25 +182,26 @@ class Alternating(Optimizer):
         if self.epoch is None and not any(
                 group['lr'] or any(p.grad is not None and p.grad.any() for p in group['params'])
                 for group in self.param_groups):
-            return super().step(closure)  # changes nothing: torch.distributed.checkpoint creates the state so
+            return self._base_step(closure)  # changes nothing: torch.distributed.checkpoint creates the state so
         idle = self._idle
         for p in self._parameters(idle):
             p.grad = None  # computed before the freeze, or put there by DDP
         groups = self.param_groups
         # hidden from the base, as some optimizers count steps per group
         self.param_groups = [group for group in groups if group['side'] != idle]
-        scaled = [(group, group['lr']) for group in self.param_groups if group['side'] == MERGE]
+        scale = self._merge_lr_scale
+        scaled = [(group, group['lr']) for group in self.param_groups if group['side'] == MERGE and scale != 1]
         try:
             for group, lr in scaled:
-                if self._merge_lr_scale != 1:
-                    group['lr'] = lr * self._merge_lr_scale
-            return super().step(closure)
+                group['lr'] = lr * scale
+            return self._base_step(closure)
         finally:
             self.param_groups = groups
             for group, lr in scaled:
                 group['lr'] = lr
 
-    step.hooked = True  # type: ignore[attr-defined]  # the base's step calls the hooks
+    def _base_step(self, closure: Optional[Callable[[], float]]) -> Optional[float]:
+        return super().step.__wrapped__(self, closure)  # type: ignore[attr-defined]  # without its hooks
 
     def add_param_group(self, param_group: Dict[str, Any]) -> None:
         for part in self._split(param_group):
@@ -270,12 +271,12 @@ class Alternating(Optimizer):
 
 
 @functools.lru_cache(maxsize=None)
-def _class_over(base_class: Any) -> Any:
-    return type(f'Alternating{base_class.__name__}', (Alternating, base_class), {})
+def _class_over(own_class: Any, base_class: Any) -> Any:
+    return type(own_class.__name__ + base_class.__name__, (own_class, base_class), {})
 
 
-def _blank(base_class: Any) -> Optimizer:
-    cls = _class_over(base_class)
+def _blank(*classes: Any) -> Optimizer:
+    cls = _class_over(*classes)
     return cls.__new__(cls)
 
 
@@ -313,7 +314,8 @@ def _create(groups: List[Any], base: str, kwargs: Dict[str, Any]) -> Optimizer:
         return create_optimizer_v2(groups, opt=base, **kwargs)
     except TypeError as error:
         functions = Alternating, create_optimizer_v2, get_optimizer_class(base, bind_defaults=False)
-        known = [name for function in functions for name in inspect.signature(function).parameters]
+        parameters = [p for function in functions for p in inspect.signature(function).parameters.values()]
+        known = [p.name for p in parameters if p.default is not p.empty]
         for key in kwargs:
             if key not in known:
                 nearest = difflib.get_close_matches(key, known, n=1, cutoff=0)[0]

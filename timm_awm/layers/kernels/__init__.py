@@ -21,7 +21,7 @@ _ARGS = (
 
 
 def is_available(x: Tensor) -> bool:
-    """Whether there are kernels for a map of this device and dtype; warns once if they cannot be built."""
+    """Whether there are kernels for a map of this device and dtype; logs once if they cannot be built."""
     if x.device.type == 'cpu':
         from .cpu import is_available
         return is_available(x.dtype)

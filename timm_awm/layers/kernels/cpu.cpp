@@ -1,5 +1,5 @@
-// A merge on CPUs, forward and backward: docs/method.md. Compiled when first used, for one type of maps at a time: cpu.py
-// defines MAP, its type, and WIDE, that of sums and coefficients.
+// A merge on CPUs, forward and backward: docs/method.md. Compiled when first used, for one type of maps at a time:
+// cpu.py defines MAP, its type, and WIDE, that of sums and coefficients.
 //
 // A map is N images of C channels and P pixels; coefficients and sums are (N, C). Elements of maps are computed in WIDE
 // and rounded once.
@@ -103,9 +103,9 @@ static void in_packed_rows(
     }
 }
 
-// Calls body(rows, coefficients, sums) for all of a map. Of every input and output, (N, C), body gets an array of as many
-// elements as a row has lanes, and adds to the outputs. Channels last, a row is a pixel and a lane a channel. But few
-// channels last, and the plane of a channel, are packed.
+// Calls body(rows, coefficients, sums) for all of a map. Of every input and output, (N, C), body gets an array of as
+// many elements as a row has lanes, and adds to the outputs. Channels last, a row is a pixel and a lane a channel. But
+// few channels last, and the plane of a channel, are packed.
 template <int I, int O, typename Body>
 static void for_rows(const Shape& s, const A* const (&inputs)[I], A* const (&outputs)[O], const Body& body) {
     // an image at a time reads memory in order; fewer images than threads are cut into bands of channels
@@ -244,7 +244,9 @@ struct Merge {
             mu.assign(running_mean, running_mean + C), sigma2.assign(running_var, running_var + C);
         } else {
             for_all([&](int64_t, int64_t c, int64_t i) { mu[c] += m[i] / N; });
-            for_all([&](int64_t, int64_t c, int64_t i) { sigma2[c] += (variance[i] + (m[i] - mu[c]) * (m[i] - mu[c])) / N; });
+            for_all([&](int64_t, int64_t c, int64_t i) {
+                sigma2[c] += (variance[i] + (m[i] - mu[c]) * (m[i] - mu[c])) / N;
+            });
         }
         for (int64_t c = 0; c < C; ++c) {
             k[c] = gamma[c] / std::sqrt(sigma2[c] + eps);

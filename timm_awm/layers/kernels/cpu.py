@@ -38,7 +38,7 @@ def _library(dtype: torch.dtype) -> Optional[ctypes.CDLL]:
 
 @torch.compiler.assume_constant_result
 def is_available(dtype: torch.dtype) -> bool:
-    """Whether there are kernels for maps of this dtype; warns once if they cannot be built."""
+    """Whether there are kernels for maps of this dtype; logs once if they cannot be built."""
     return dtype in _TYPES and _library(dtype) is not None
 
 
