@@ -24,7 +24,7 @@ import yaml
 from scipy.stats import ttest_ind
 
 from timm_awm import scripts
-from timm_awm.hub.run import TrainingRun
+from timm_awm.hub.run import TrainingRun, data_name
 
 HUB = Path(__file__).parent
 README = HUB / 'README.md'
@@ -94,7 +94,7 @@ def keep(folder: Path) -> None:
     keys = {*different[recipe], *origin.pop('flags', ()), 'seed'} & trained.args.keys() - MACHINE
     record = {
         'recipe': f'{recipe.parent.name}/{recipe.stem}',
-        'data': trained.data()[0].rpartition('/')[2],
+        'data': data_name(trained.args)[0].rpartition('/')[2],
         'overrides': {key: trained.args[key] for key in sorted(keys)},
         **origin,
         'versions': {name: version(name) for name in ('timm', 'torch')} | {'python': platform.python_version()},

@@ -328,8 +328,8 @@ def test_what_the_command_leaves(analysed):
     resnet, densenet = f'{RESNET}-{RESNET}', f'{DENSENET}-{DENSENET}'  # the model, the folder of its checkpoint
     assert files == sorted([
         'summary.json', 'profile.csv', 'profile.png', 'ablation.png', 'cumulative-match.png',
-        *(f'{resnet}/{name}' for name in ('lambda.npz', 'classes.csv', 'classes.png', 'ranking.png')),
-        *(f'{densenet}/{name}' for name in ('lambda.npz', 'classes.csv', 'classes.png', 'profile.png'))])
+        *(f'{resnet}/{name}' for name in ('lambda.npz', 'lambda.json', 'classes.csv', 'classes.png', 'ranking.png')),
+        *(f'{densenet}/{name}' for name in ('lambda.npz', 'lambda.json', 'classes.csv', 'classes.png', 'profile.png'))])
     for path in analysed.rglob('*.png'):
         assert len(Image.open(path).convert('RGB').getcolors(2 ** 24)) > 50, path
     assert not [path for path in analysed.parent.iterdir() if path.name.startswith('.')]
@@ -360,6 +360,13 @@ def test_numbers_of_the_command(world, analysed, name):
     assert [(row['class'], row['images']) for row in classes] == [(color, '7') for color in COLORS]
     merge = list(lambdas)[-1]
     assert float(classes[2][f'{merge}:2']) == pytest.approx(saved[merge][labels == 2, 1].mean())
+
+    groups = json.loads((analysed / label / 'lambda.json').read_text())['groups']
+    assert [(key, group['images']) for key, group in groups.items()] == [('all', 21), ('0', 7), ('1', 7), ('2', 7)]
+    for key, group in groups.items():
+        of_group = saved[merge][[key in ('all', str(c)) for c in labels]].astype(float)
+        assert group['merges'][merge]['mean'] == pytest.approx(of_group.mean(0), abs=1e-4)
+        assert group['merges'][merge]['std'] == pytest.approx(of_group.std(0), abs=1e-4)
 
     summary = json.loads((analysed / 'summary.json').read_text())['models'][label]
     assert (summary['images'], summary['classes'], summary['merges']) == (21, 3, len(lambdas))
@@ -425,7 +432,11 @@ def test_a_published_model_on_images_without_classes(world, tmp_path):
                      '--output', str(tmp_path / 'out')]) == 0
     assert sorted(path.name for path in (tmp_path / 'out').iterdir()) == [
         'gray.t3', 'gray.t3-2', 'profile.csv', 'profile.png', 'summary.json']
-    assert sorted(path.name for path in (tmp_path / 'out' / 'gray.t3').iterdir()) == ['lambda.npz', 'ranking.png']
+    files = sorted(path.name for path in (tmp_path / 'out' / 'gray.t3').iterdir())
+    assert files == ['lambda.json', 'lambda.npz', 'ranking.png']
+    reference = (tmp_path / 'gray.t3' / 'lambda.json').read_text()  # for who gets the model
+    assert reference == (tmp_path / 'out' / 'gray.t3' / 'lambda.json').read_text()
+    assert json.loads(reference)['data'] == 'flat, validation' and list(json.loads(reference)['groups']) == ['all']
     summary = json.loads((tmp_path / 'out' / 'summary.json').read_text())['models']['gray.t3']
     assert set(summary) == {'images', 'merges', 'lowest', 'highest'} and summary['lowest'][0]['label'] is None
     assert {row['between_class_share'] for row in rows(tmp_path / 'out' / 'profile.csv')} == {''}

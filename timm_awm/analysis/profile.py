@@ -1,5 +1,5 @@
 """How the weights vary over the depth of a network (Fig. 6), from image to image and with the class."""
-from typing import Dict, Mapping, NamedTuple, Sequence, Tuple
+from typing import Any, Dict, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 __all__ = [
     'Profile', 'profile', 'class_means', 'between_class_share', 'plot_profile', 'plot_profiles', 'plot_path_profile',
-    'plot_class_means', 'depth_figure', 'label_merges']
+    'plot_paths', 'plot_class_means', 'depth_figure', 'label_merges', 'short_name']
 
 MERGES = 'merge, from the input to the output of the network'
 
@@ -112,24 +112,51 @@ def plot_path_profile(lambdas: Dict[str, Tensor], label: str) -> Figure:
         lambdas: Name of the merge -> (images, paths), as from `observe`.
         label: Names the model in the title.
     """
-    paths = max(value.shape[1] for value in lambdas.values())
-    maps = np.full((2, len(lambdas), paths), np.nan)
-    for row, of_merge in enumerate(profile(lambdas).values()):
-        n = len(of_merge.mean)
-        maps[:, row, :n] = n * of_merge.mean, n * of_merge.std
-    figure = Figure(figsize=(9 + 0.3 * paths, 2 + 0.2 * len(lambdas)), layout='constrained')
+    found = profile(lambdas)
+    means, stds = ({name: getattr(values, what) for name, values in found.items()} for what in ('mean', 'std'))
+    return plot_paths({'mean': means}, label, stds)
+
+
+def plot_paths(
+        maps: Mapping[str, Mapping[str, np.ndarray]],
+        label: str,
+        stds: Optional[Mapping[str, np.ndarray]] = None,
+) -> Figure:
+    """Draw n · λ of the n paths of each merge as heat maps.
+
+    Args:
+        maps: Title -> name of the merge -> λ, (paths,).
+        label: Names the model in the title.
+        stds: Their standard deviations over the images, for a last heat map.
+    """
+    names = list(next(iter(maps.values())))
+    grids = {title: _grid(values) for title, values in maps.items()}
+    spread = max(np.nanmax(np.abs(grid - 1)) for grid in grids.values()) or 1.
+    colors: Dict[str, Dict[str, Any]] = {
+        title: dict(cmap='RdBu_r', vmin=1 - spread, vmax=1 + spread) for title in grids}
+    if stds is not None:
+        title = 'standard deviation over the images'
+        grids[title], colors[title] = _grid(stds), dict(cmap='viridis', vmin=0)
+    paths = next(iter(grids.values())).shape[1]
+    figure = Figure(figsize=(1 + len(grids) * (4 + 0.15 * paths), 2 + 0.2 * len(names)), layout='constrained')
     figure.suptitle(f'{label}: n · λ of the n paths of each merge (1 at the identity)')
-    spread = np.nanmax(np.abs(maps[0] - 1)) or 1.
-    axes = figure.subplots(1, 2, sharey=True)
-    for ax, values, title, colors in zip(axes, maps, ('mean', 'standard deviation over the images'), (
-            dict(cmap='RdBu_r', vmin=1 - spread, vmax=1 + spread), dict(cmap='viridis', vmin=0))):
-        image = ax.imshow(values, aspect='auto', extent=(.5, paths + .5, len(lambdas) + .5, .5), **colors)
+    axes = figure.subplots(1, len(grids), sharey=True, squeeze=False)[0]
+    for ax, (title, grid) in zip(axes, grids.items()):
+        image = ax.imshow(grid, aspect='auto', extent=(.5, paths + .5, len(names) + .5, .5), **colors[title])
         figure.colorbar(image, ax=ax)
         ax.set_title(title)
         ax.set_xlabel("path (1: the block's input)")
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes[0].set_yticks(range(1, len(lambdas) + 1), [_short(name) for name in lambdas])
+    axes[0].set_yticks(range(1, len(names) + 1), [short_name(name) for name in names])
     return figure
+
+
+def _grid(values: Mapping[str, np.ndarray]) -> np.ndarray:
+    """n · λ, (merges, most paths), NaN where a merge has fewer."""
+    grid = np.full((len(values), max(map(len, values.values()))), np.nan)
+    for row, of_merge in enumerate(values.values()):
+        grid[row, :len(of_merge)] = len(of_merge) * of_merge
+    return grid
 
 
 def plot_class_means(means: np.ndarray, classes: Sequence[str], lambdas: Dict[str, Tensor], label: str) -> Figure:
@@ -154,7 +181,7 @@ def plot_class_means(means: np.ndarray, classes: Sequence[str], lambdas: Dict[st
     figure.colorbar(image, ax=ax)
     if len(classes) <= 100:  # else they cannot be read
         ax.set_yticks(range(len(classes)), classes)
-    ax.set_xticks(first, [_short(name) for name in lambdas], rotation=90)
+    ax.set_xticks(first, [short_name(name) for name in lambdas], rotation=90)
     ax.set_xlabel(MERGES)
     weights = 'λ1' if set(paths) == {2} else 'λ of every path'
     ax.set_title(f'{label}\nmean {weights} of a class, less the mean of all')
@@ -170,7 +197,7 @@ def depth_figure(merges: int) -> Tuple[Figure, Axes]:
 def label_merges(ax: Axes, models: Sequence[Sequence[str]]) -> None:
     """Ticks of the merges: by name where all models have the same, else by number."""
     names = models[0]
-    ax.set_xticks(range(1, len(names) + 1), [_short(name) for name in names], rotation=45, ha='right')
+    ax.set_xticks(range(1, len(names) + 1), [short_name(name) for name in names], rotation=45, ha='right')
     ax.set_xlabel(MERGES)
     if any(other != names for other in models):
         ax.xaxis.set_major_formatter(ScalarFormatter())
@@ -178,5 +205,6 @@ def label_merges(ax: Axes, models: Sequence[Sequence[str]]) -> None:
         ax.tick_params(axis='x', rotation=0)
 
 
-def _short(name: str) -> str:
+def short_name(name: str) -> str:
+    """Of a merge, for figures."""
     return name.removesuffix('.merge').removeprefix('features.')

@@ -3,6 +3,7 @@ import csv
 import json
 import math
 import re
+import shutil
 from argparse import Namespace
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Sequence
@@ -13,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import __version__
+from ..hub.folder import REFERENCE
+from ..hub.run import data_name
 from ..utils import find_device, new_folder
 from .ablation import Ablation, ablate, plot_ablations
 from .discriminant import (
@@ -34,8 +37,9 @@ from .profile import (
     profile,
 )
 from .ranking import save_ranking
+from .reference import write_reference
 
-__all__ = ['analyze']
+__all__ = ['analyze', 'model_labels']
 
 
 class _Analysis:
@@ -71,6 +75,7 @@ class _Analysis:
                 dict(model=label, merge=name, paths=len(mean), path=i + 1, mean=float(mean[i]), std=float(std[i]),
                      between_class_share=_share(seen.lambdas[name][:, i:i + 1], labels) if seen.labelled else None)
                 for i in range(len(mean))]
+        write_reference(folder, seen, f'{data_name(vars(args))[0]}, {args.split}')
         arrays: Dict[str, Any] = {name: value.numpy() for name, value in seen.lambdas.items()}
         arrays.update(index=data.indices(len(labels)), label=labels, prediction=seen.predictions.numpy())
         np.savez_compressed(folder / 'lambda.npz', **arrays)
@@ -154,14 +159,17 @@ def analyze(args: Namespace) -> None:
         # all of them, before hours go into the first
         models = [create_model(args, name, checkpoint) for name, checkpoint in zip(args.models, checkpoints)]
         found = _Analysis(args)
-        for label, model in zip(_labels(args.models, checkpoints), models):
+        for label, model in zip(model_labels(args.models, checkpoints), models):
             found.add(label, model.to(device), partial / label)
             model.cpu()
         found.save(partial)
+    for name, label, checkpoint in zip(args.models, model_labels(args.models, checkpoints), checkpoints):
+        if name.startswith('local-dir:') and not checkpoint:  # for `timm-awm explore`, and for who gets the folder
+            shutil.copyfile(args.output / label / REFERENCE, Path(name.removeprefix('local-dir:')) / REFERENCE)
     print(f'Everything is in {args.output}.')
 
 
-def _labels(models: Sequence[str], checkpoints: Sequence[Optional[str]]) -> List[str]:
+def model_labels(models: Sequence[str], checkpoints: Sequence[Optional[str]]) -> List[str]:
     """Names for folders and legends, each different: the last part of the model's, and the run of its checkpoint."""
     labels: List[str] = []
     for model, checkpoint in zip(models, checkpoints):

@@ -25,6 +25,10 @@ RECORD = """
 with timm_awm.record_mixing_weights(model) as lambdas:  # how the merges weighed their paths
     model(transform(image).unsqueeze(0))
 """
+LOOK = """
+
+`timm-awm explore hf-hub:{repo_id}` shows the λ of a picture in a browser, beside `lambda.json`, if it is here: mean and
+spread of every λ over a data set and over each of its classes, as `timm-awm analyze` finds them."""
 SETTINGS = (
     'model', 'model_kwargs', 'pretrained', 'opt', 'opt_kwargs', 'epochs', 'batch_size', 'grad_accum_steps', 'lr',
     'sched', 'decay_milestones', 'decay_rate', 'min_lr', 'warmup_epochs', 'momentum', 'weight_decay',
@@ -141,7 +145,9 @@ def _head(folder: Path, model: nn.Module, config: Mapping[str, Any]) -> str:
 
 
 def _usage(folder: Path, config: Mapping[str, Any]) -> str:
-    weights = '' if config.get('model_args', {}).get('awm') is False else RECORD
+    weights, look = RECORD, LOOK.format(repo_id=f'{OWNER}/{folder.name}')
+    if config.get('model_args', {}).get('awm') is False:
+        weights = look = ''
     mode = ' of mode L' if config['pretrained_cfg']['input_size'][0] == 1 else ''
     return f"""\
 ## Usage
@@ -157,7 +163,7 @@ import timm
 model = timm.create_model('hf-hub:{OWNER}/{folder.name}', pretrained=True).eval()
 transform = timm.data.create_transform(**timm.data.resolve_data_config({{}}, model=model))
 logits = model(transform(image).unsqueeze(0))  # image: a PIL image{mode}
-{weights}```"""
+{weights}```{look}"""
 
 
 def _training(training: Training) -> str:

@@ -20,6 +20,7 @@ from .card import write_card
 __all__ = ['CONFIG', 'NEEDS', 'load_folder', 'save_for_hub', 'write_model']
 
 CONFIG = 'config.json'
+REFERENCE = 'lambda.json'  # of timm_awm.analysis.reference
 NEEDS = 'Needs the package timm-awm: pip install timm-awm, import timm_awm.'  # in descriptions
 # what a `pretrained_cfg` says about a model with any weights; the rest is about those that timm has for it
 KEPT = (

@@ -98,14 +98,6 @@ class TrainingRun:
             return self.last_checkpoint() or self.folder / 'last.pth.tar'
         return self.folder / 'model_best.pth.tar' if which == 'best' else Path(which)
 
-    def data(self) -> Tuple[str, Optional[str]]:
-        """The name of the data set, and that on the Hub if it came from there."""
-        scheme, _, name = str(self.args.get('dataset') or '').partition('/')
-        if scheme == 'hfds' and re.fullmatch(r'[\w.-]+(/[\w.-]+)?', name) and not Path(name).exists():
-            return name, name
-        path = name or self.args.get('data_dir') or self.args.get('data') or scheme
-        return Path(str(path)).name, None
-
     def label_names(self, num_classes: int) -> Optional[List[str]]:
         """The names of the classes, or None if the data set is not at hand or does not tell them."""
         try:
@@ -176,7 +168,7 @@ def export_run(
     start: Mapping[str, Any] = model.pretrained_cfg if args.get('pretrained') and not from_file else {}
     if not license and not from_file:
         license = start.get('license') if start else 'apache-2.0'
-    data, found_id = trained.data()
+    data, found_id = data_name(args)
     cfg = dict(
         resolve_data_config(args, model=model),
         paper_ids='arXiv:1811.06878',
@@ -208,6 +200,15 @@ def export_run(
         (partial / 'args.yaml').write_text(yaml.safe_dump(public_args), encoding='utf-8')
         shutil.copyfile(trained.folder / 'summary.csv', partial / 'summary.csv')
         write_card(partial, model, config, training)
+
+
+def data_name(args: Mapping[str, Any]) -> Tuple[str, Optional[str]]:
+    """The name of the data set, and that on the Hub if it comes from there. Arguments are those of timm's scripts."""
+    scheme, _, name = str(args.get('dataset') or '').partition('/')
+    if scheme == 'hfds' and re.fullmatch(r'[\w.-]+(/[\w.-]+)?', name) and not Path(name).exists():
+        return name, name
+    path = name or args.get('data_dir') or args.get('data') or scheme
+    return Path(str(path)).name, None
 
 
 def _is_whole(path: Path) -> bool:

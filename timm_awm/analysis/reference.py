@@ -1,0 +1,52 @@
+"""What one image is compared with: mean and spread of λ over a data set, and over each of its classes."""
+import json
+from pathlib import Path
+from typing import Any, Dict, Optional
+
+import torch
+
+from ..hub.folder import REFERENCE
+from .observe import Observed
+from .profile import profile
+
+__all__ = ['read_reference', 'write_reference']
+
+ALL = 'all'  # the group of all images; the others are classes, by number
+
+
+def write_reference(folder: Path, seen: Observed, data: str) -> None:
+    """Writes lambda.json: {data, groups: {'all' or a class: {images, merges: {name: {mean, std}}}}}.
+
+    Args:
+        folder: Where to write it.
+        seen: The images.
+        data: Names them.
+    """
+    masks = {ALL: torch.ones(len(seen.labels), dtype=torch.bool)}
+    if seen.labelled:
+        masks.update((str(label), seen.labels == label) for label in seen.labels.unique().tolist())
+    groups = {}
+    for key, mask in masks.items():
+        of_merges = profile({name: value[mask] for name, value in seen.lambdas.items()})
+        groups[key] = dict(images=int(mask.sum()), merges={
+            name: {what: values.round(4).tolist() for what, values in found._asdict().items()}
+            for name, found in of_merges.items()})
+    text = json.dumps(dict(data=data, groups=groups), ensure_ascii=False)
+    (folder / REFERENCE).write_text(text, encoding='utf-8')
+
+
+def read_reference(folder: Path) -> Optional[Dict[str, Any]]:
+    """What `write_reference` wrote into a model's folder; None if there is nothing.
+
+    Raises:
+        ValueError: The file is damaged.
+    """
+    path = folder / REFERENCE
+    if not path.is_file():
+        return None
+    try:
+        found = json.loads(path.read_text(encoding='utf-8'))
+        found['data'], found['groups'][ALL]['merges']
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f'{path} is not what timm-awm analyze writes: {error!r}') from error
+    return found
