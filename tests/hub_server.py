@@ -167,7 +167,7 @@ _ROUTES: List[Tuple[str, 're.Pattern[str]', Callable[..., Answer]]] = []
 
 def _route(method: str, path: str) -> Callable[[Callable[..., Answer]], Callable[..., Answer]]:
     """Registers what answers a path, whose {names} become arguments."""
-    parts = dict(repo_id='[^/]+/[^/]+?', path='.+')
+    parts = dict(repo_id='(?:spaces/)?[^/]+/[^/]+?', path='.+')
     pattern = re.sub(r'{(\w+)}', lambda m: f'(?P<{m[1]}>{parts.get(m[1], "[^/]+")})', path)
 
     def register(function: Callable[..., Answer]) -> Callable[..., Answer]:
@@ -224,6 +224,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.user = authorization and self.hub.tokens.get(authorization.removeprefix('Bearer '))
         if authorization and not self.user:
             raise _Refusal(401, 'Invalid credentials in Authorization header')
+        path = path.replace('/api/spaces/', '/api/models/spaces/')
         for method, pattern, function in _ROUTES:
             match = pattern.fullmatch(path)
             if match and method == self.command.replace('HEAD', 'GET'):
@@ -236,7 +237,7 @@ class _Handler(BaseHTTPRequestHandler):
         return self.user
 
     def owns(self, repo_id: str) -> bool:
-        return self.user == repo_id.split('/')[0]
+        return self.user == repo_id.removeprefix('spaces/').split('/')[0]
 
     def readable(self, repo_id: str) -> Repo:
         repo = self.hub.repos.get(repo_id)
@@ -265,6 +266,8 @@ class _Handler(BaseHTTPRequestHandler):
         if namespace != user:
             raise _Refusal(403, f'You don\'t have the rights to create a model under the namespace "{namespace}"')
         repo_id = f'{namespace}/{asked["name"]}'
+        if asked.get('type') == 'space':
+            repo_id = f'spaces/{repo_id}'
         answer = dict(url=f'{self.hub.endpoint}/{repo_id}')
         if repo_id in self.hub.repos:
             return _json({**answer, 'error': 'You already created this model repo'}, 409)

@@ -14,6 +14,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--public', action='store_true', help='visibility of a new repository')
     parser.add_argument('--revision', metavar='BRANCH', help='branch to commit to, made if need be (main)')
     parser.add_argument('--create-pr', action='store_true', help='open a pull request instead')
+    parser.add_argument(
+        '--space', action='store_true', help='and the page of timm-awm explore for it, as a Space of the same name')
 
 
 def run(args: argparse.Namespace) -> None:
@@ -21,3 +23,5 @@ def run(args: argparse.Namespace) -> None:
     url = hub.push(
         args.folder, args.repo_id, private=not args.public, revision=args.revision, create_pr=args.create_pr)
     print(f'{args.folder}: published and compared: {url}')
+    if args.space:
+        print(f'Its Space: {hub.push_space(args.repo_id, private=not args.public)}')

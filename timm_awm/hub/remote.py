@@ -4,7 +4,7 @@ import shutil
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Iterator, NamedTuple, Optional, Union
+from typing import Any, Iterator, NamedTuple, Optional, Union
 
 from huggingface_hub import HfApi, constants
 from torch import nn
@@ -13,11 +13,24 @@ from .. import __version__
 from ..models.checkpoint import SAFETENSORS
 from ..utils import new_folder
 from .card import CARD, OWNER
-from .folder import CONFIG, load_folder
+from .folder import CONFIG, REFERENCE, load_folder
 
-__all__ = ['pull', 'push']
+__all__ = ['pull', 'push', 'push_space']
 
-PUBLISHED = [SAFETENSORS, CONFIG, CARD, 'args.yaml', 'summary.csv']
+SPACE_CARD = """\
+---
+title: Inside {name}
+sdk: gradio
+app_file: app.py
+license: apache-2.0
+models:
+- {repo_id}
+---
+
+Which paths does a network with active weighted mapping take for a picture? The page of `timm-awm explore` for
+[{repo_id}](https://huggingface.co/{repo_id}).
+"""
+PUBLISHED = [SAFETENSORS, CONFIG, CARD, REFERENCE, 'args.yaml', 'summary.csv']
 
 
 def push(
@@ -60,16 +73,48 @@ def push(
         card = re.sub(rf'hf-hub:{OWNER}/[\w.-]+', f'hf-hub:{repo_id}', card)
         (staged / CARD).write_text(card, encoding='utf-8')
         names = [path.name for path in staged.iterdir()]
-        commit = api.upload_folder(
-            repo_id=repo_id,
-            folder_path=staged,
+        return _upload(
+            api,
+            repo_id,
+            staged,
             revision=revision,
             create_pr=create_pr,
             commit_message=f'{folder.resolve().name}, by timm-awm push',
             delete_patterns=[name for name in PUBLISHED if name not in names],  # of earlier weights
         )
-        kept = api.verify_repo_checksums(
-            repo_id, revision=commit.pr_revision or commit.oid, local_dir=staged)
+
+
+def push_space(repo_id: str, private: bool = True) -> str:
+    """Publishes the page of `timm-awm explore` for a model on the Hub, as a Space of the same name.
+
+    Args:
+        repo_id: Of the model, as for `push`.
+        private: Visibility of a new Space. One of a private model needs a secret HF_TOKEN that may read it.
+
+    Returns:
+        Address of the commit.
+
+    Raises:
+        RuntimeError: The Hub cannot be reached, refuses, or keeps something else.
+    """
+    api = HfApi(library_name='timm_awm', library_version=__version__)
+    with tempfile.TemporaryDirectory() as temporary, _hub():
+        space = api.create_repo(repo_id, repo_type='space', space_sdk='gradio', private=private, exist_ok=True).repo_id
+        files = {
+            CARD: SPACE_CARD.format(repo_id=space, name=space.rpartition('/')[2]),
+            'requirements.txt': 'timm-awm[explore]\n',
+            'app.py': f"from timm_awm.explore import explore\n\nexplore(['hf-hub:{space}'], host='0.0.0.0')\n",
+        }
+        for name, text in files.items():
+            Path(temporary, name).write_text(text, encoding='utf-8')
+        return _upload(api, space, Path(temporary), repo_type='space', commit_message='The page of timm-awm explore')
+
+
+def _upload(api: HfApi, repo_id: str, folder: Path, repo_type: Optional[str] = None, **kwargs: Any) -> str:
+    """Commits a folder, and compares every file with its hash on the Hub; returns the address."""
+    commit = api.upload_folder(repo_id=repo_id, folder_path=folder, repo_type=repo_type, **kwargs)
+    kept = api.verify_repo_checksums(
+        repo_id, repo_type=repo_type, revision=commit.pr_revision or commit.oid, local_dir=folder)
     different = [*kept.extra_paths, *(mismatch['path'] for mismatch in kept.mismatches)]
     if different:
         raise RuntimeError(
