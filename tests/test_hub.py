@@ -10,13 +10,14 @@ import timm
 import torch
 import yaml
 from hub_server import Fault, HubServer, Repo
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, RepoCard
 from networks import create, images
 from PIL import Image
 from safetensors.torch import load_file, save
 from timm.utils import CheckpointSaver, ModelEmaV3
 
 from timm_awm import convert
+from timm_awm.explore import resolve_models
 from timm_awm.hub import describe, export_run, load_folder, save_for_hub
 from timm_awm.hub.run import without_paths
 from timm_awm_cli.main import main
@@ -84,6 +85,7 @@ def folder(tmp_path_factory):
     """A Hub folder."""
     path = tmp_path_factory.mktemp('folders') / NAME
     save_for_hub(create(MODEL, away=True), path, pretrained_cfg=dict(tag='t3_c10', license='mit'))
+    (path / 'lambda.json').write_text('{}')  # of timm-awm analyze
     return path
 
 
@@ -266,6 +268,21 @@ def test_push(hub, client, folder):
     assert client.load() == ''
 
 
+def test_push_with_a_space(hub, client, folder):
+    for name, flags in ('me/net', []), ('open', ['--public']):
+        assert 'Its Space: ' in client.command('push', folder, name, '--space', *flags)
+    for repo_id, private in ('me/net', True), ('me/open', False):
+        space = hub.repos[f'spaces/{repo_id}']
+        files = {name: content.decode() for name, content in space.files().items()}
+        assert files.keys() - {'.gitattributes'} == {'README.md', 'app.py', 'requirements.txt'}
+        assert space.private == private
+        card = RepoCard(files['README.md'])
+        assert (card.data.sdk, card.data.app_file, card.data.models) == ('gradio', 'app.py', [repo_id])
+        assert files['requirements.txt'] == 'timm-awm[explore]\n'
+        assert f"explore(['hf-hub:{repo_id}'], host='0.0.0.0')" in files['app.py']
+        assert is_published(hub, folder, repo_id)
+
+
 def test_push_keeps_visibility_other_files_and_other_names(hub, client, folder, tmp_path):
     card = (folder / 'README.md').read_text() + 'From hf-hub:timm/resnet50.a1_in1k and hf-hub:me/base.\n'
     own = changed(folder, tmp_path / NAME, **{'README.md': card.encode()})
@@ -340,6 +357,15 @@ def test_pull(hub, client, folder, tmp_path):
     assert 'exists already' in client.command('pull', 'me/net', '--output', tmp_path / 'out', status=1)
     assert 'holds no whole AWM model' in client.command('pull', 'me/net', '--output', tmp_path / 'other', status=1)
     assert {path.name for path in tmp_path.iterdir()} == {'cache', 'out'}
+
+
+def test_explore_takes_a_model_of_the_hub(hub, client, folder):
+    hub.create_repo('me/net', files=files(folder))
+    printed, error = client.run(
+        'from pathlib import Path; from timm_awm.explore import resolve_models\n'
+        "for label, path in resolve_models(['hf-hub:me/net'], Path()).items():\n"
+        '    print(label, sorted(file.name for file in path.iterdir()))')
+    assert error == '' and printed.splitlines()[-1] == f'net {sorted(files(folder))}'
 
 
 @pytest.mark.parametrize('name', ['model.safetensors', 'README.md'])
@@ -433,6 +459,11 @@ def card_of(folder):
 
 def accuracies(folder):
     return [(r.dataset_split, r.metric_value) for r in card_of(folder).data.eval_results or []]
+
+
+def test_explore_takes_a_run(run, tmp_path):
+    (label, folder), = resolve_models([str(run)], tmp_path / 'exported').items()
+    assert label == run.name and same(load_folder(folder), state(run, 'last.pth.tar', 'state_dict_ema'))
 
 
 def test_export_of_a_run(run, tmp_path):

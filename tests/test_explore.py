@@ -1,0 +1,256 @@
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from networks import create
+from PIL import Image
+from playwright.sync_api import expect, sync_playwright
+
+from timm_awm import record_mixing_weights
+from timm_awm.analysis import identity_merges
+from timm_awm.explore import MEGAPIXELS, Explored, read_picture, resolve_models
+from timm_awm.hub import save_for_hub
+from timm_awm_cli.main import main
+
+HUB = Path(__file__).parents[1] / 'hub'
+RESNET, DENSENET = 'awm_resnet14_cifar', 'awm_densenet22_cifar'
+CHROMIUM = shutil.which('chromium') or shutil.which('google-chrome')
+
+
+@pytest.fixture(scope='module')
+def folders(tmp_path_factory):
+    """Hub folders of a ResNet, a DenseNet and a plain control."""
+    root = tmp_path_factory.mktemp('models')
+    for name, model in dict(
+            resnet=create(RESNET, away=True), densenet=create(DENSENET, away=True), plain=create(RESNET, awm=False),
+    ).items():
+        save_for_hub(model, root / name)
+    return root
+
+
+@pytest.fixture(scope='module')
+def picture(tmp_path_factory):
+    """An aeroplane."""
+    path = tmp_path_factory.mktemp('pictures') / 'picture.png'
+    Image.open(Path(__file__).with_name('cifar10_test_100.png')).crop((96, 0, 128, 32)).save(path)
+    return path
+
+
+# --- pictures
+
+def gif(path):
+    frames = [Image.new('P', (40, 30), i) for i in range(3)]
+    frames[0].save(path, save_all=True, append_images=frames[1:])
+
+
+def rotated(path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # lies on its side
+    Image.new('RGB', (30, 40)).save(path, exif=exif)
+
+
+PICTURES = {
+    'grey.png': lambda path: Image.new('L', (40, 30), 255).save(path),
+    'grey16.png': lambda path: Image.new('I;16', (40, 30), 65535).save(path),
+    'alpha.png': lambda path: Image.new('RGBA', (40, 30), (0, 0, 0, 0)).save(path),
+    'transparent.gif': lambda path: Image.new('P', (40, 30)).save(path, transparency=0),
+    'cmyk.jpg': lambda path: Image.new('CMYK', (40, 30)).save(path),
+}
+
+
+@pytest.mark.parametrize('name', PICTURES)
+def test_pictures_of_every_kind_are_white(name, tmp_path):
+    PICTURES[name](tmp_path / name)
+    image = read_picture(str(tmp_path / name))
+    assert (image.mode, image.size) == ('RGB', (40, 30)) and image.getpixel((7, 7)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize('make, name', [(gif, 'moving.gif'), (rotated, 'rotated.jpg')])
+def test_pictures_are_still_and_upright(make, name, tmp_path):
+    make(tmp_path / name)
+    assert read_picture(str(tmp_path / name)).size == (40, 30)
+
+
+def truncated(path):
+    Image.effect_noise((400, 300), 50).save(path)
+    path.write_bytes(path.read_bytes()[:-2000])
+
+
+BAD = {
+    'text.png': (lambda path: path.write_text('no picture'), 'cannot be read as a picture'),
+    'empty.png': (lambda path: path.write_bytes(b''), 'cannot be read as a picture'),
+    'truncated.png': (truncated, 'cannot be read as a picture'),
+    'large.png': (lambda path: Image.new('1', (9000, 9000)).save(path), f'too large.*{MEGAPIXELS} million'),
+    'huge.png': (lambda path: Image.new('1', (20000, 20000)).save(path), f'too large.*{MEGAPIXELS} million'),
+}
+
+
+@pytest.mark.parametrize('name', BAD)
+def test_what_is_no_picture(name, tmp_path):
+    make, message = BAD[name]
+    make(tmp_path / name)
+    with pytest.raises(ValueError, match=message):
+        read_picture(str(tmp_path / name))
+
+
+# --- models
+
+def test_what_is_seen_is_what_the_network_infers(folders):
+    picture = Image.new('RGB', (50, 70), (90, 20, 160))
+    for name in ('resnet', 'densenet', 'plain'):
+        explored = Explored(folders / name, name)
+        seen = explored.look(picture)
+        x = explored.transform(picture)[None]
+        with torch.inference_mode():
+            torch.testing.assert_close(seen.probabilities, explored.model(x)[0].softmax(0))
+        if name == 'plain':
+            assert seen.lambdas == {} and explored.draw(seen) is None
+            continue
+        with record_mixing_weights(explored.model) as lambdas, torch.inference_mode():
+            explored.model(x)
+        torch.testing.assert_close(seen.lambdas, lambdas)
+        identity = list(lambdas)[1:3]
+        with identity_merges(explored.model, identity), torch.inference_mode():
+            expected = explored.model(x)[0].softmax(0)
+        torch.testing.assert_close(explored.look(picture, identity).probabilities, expected)
+        assert not torch.equal(seen.probabilities, expected)
+
+
+@pytest.mark.parametrize('name, connection, merge, path', [
+    ('resnet', 'layer2.0', 'layer2.0.merge', 0),
+    ('densenet', 'denseblock2.denselayer3, path 2', 'features.denseblock2.denselayer3.merge', 1)])
+def test_a_weight_set_by_hand(name, connection, merge, path, folders):
+    explored = Explored(folders / name, name)
+    picture = Image.new('RGB', (50, 70), (90, 20, 160))
+    own, changed = explored.look(picture), explored.look(picture, (), connection, 0.9)
+    assert connection in explored.connections
+    lambdas, before = changed.lambdas[merge][0], own.lambdas[merge][0]
+    expected = before * 0.1 / (1 - before[path])
+    expected[path] = 0.9
+    torch.testing.assert_close(lambdas, expected)
+    earlier = list(own.lambdas)[:list(own.lambdas).index(merge)]
+    assert all(torch.equal(own.lambdas[k], changed.lambdas[k]) for k in earlier)
+    assert not torch.equal(own.probabilities, changed.probabilities)
+    explored.look(picture, (), connection, 0.9)
+    assert torch.equal(explored.look(picture).probabilities, own.probabilities)  # nothing stays changed
+
+
+def test_the_published_models_have_something_to_compare_with():
+    for folder in HUB.glob('awm_*.t*'):
+        groups = Explored(folder, folder.name).reference['groups']
+        assert groups['all']['images'] == sum(groups[str(i)]['images'] for i in range(10)) == 10000
+
+
+def test_a_damaged_reference_is_named(folders, tmp_path):
+    shutil.copytree(folders / 'resnet', tmp_path / 'resnet')
+    (tmp_path / 'resnet' / 'lambda.json').write_text('{"data": 1}')
+    with pytest.raises(ValueError, match='lambda.json is not what timm-awm analyze writes'):
+        Explored(tmp_path / 'resnet', 'resnet')
+
+
+def test_models_by_name(folders, tmp_path):
+    found = resolve_models([str(folders / 'resnet'), f'local-dir:{folders}/plain', str(folders / 'resnet')], tmp_path)
+    assert found == {'resnet': folders / 'resnet', 'plain': folders / 'plain', 'resnet-2': folders / 'resnet'}
+
+
+def test_models_that_are_not_there(capsys, tmp_path):
+    assert main(['explore', 'no_such_model']) == 1
+    assert 'There is no folder no_such_model. A model is hf-hub:OWNER/NAME' in capsys.readouterr().err
+    assert main(['explore', str(tmp_path)]) == 1
+    assert 'args.yaml' in capsys.readouterr().err
+
+
+# --- the page
+
+@pytest.fixture(scope='module')
+def server(folders, tmp_path_factory):
+    """The command, and where it keeps what is uploaded."""
+    temporary = tmp_path_factory.mktemp('temporary')
+    models = [HUB / f'{RESNET}.t3_c10', folders / 'densenet', folders / 'plain']
+    process = subprocess.Popen(
+        [sys.executable, '-m', 'timm_awm', 'explore', *models], stdout=subprocess.PIPE, text=True,
+        env={**os.environ, 'TMPDIR': str(temporary)})
+    line = process.stdout.readline()
+    url = re.search(r'http://127\.0\.0\.1:\d+/', line)[0]
+    yield url, temporary
+    process.send_signal(signal.SIGINT)
+    assert process.wait(30) == 0
+    assert not [path for path in temporary.rglob('*') if path.is_file()]  # no uploads are left
+
+
+@pytest.fixture
+def page(server):
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=['--no-sandbox'])
+        page = browser.new_page(viewport=dict(width=1200, height=1000))
+        elsewhere = []
+        page.on('request', lambda request: elsewhere.append(request.url))
+        page.goto(server[0])
+        expect(page.get_by_role('heading', name='Which paths')).to_be_visible()
+        yield page
+        browser.close()
+    allowed = 'data:', 'blob:', server[0], 'https://cdnjs.cloudflare.com/ajax/libs/iframe-resizer/'  # of older Gradio
+    assert not [url for url in elsewhere if not url.startswith(allowed)]
+
+
+needs_browser = pytest.mark.skipif(
+    CHROMIUM is None, reason='NOT TESTED: the page in a browser. Install one: apt-get install chromium')
+
+
+def drop(page, path):
+    page.locator('input[type=file]').set_input_files(path)
+
+
+@needs_browser
+def test_a_person_explores(page, picture, server):
+    column = page.locator('.column', has=page.get_by_role('heading', name=f'{RESNET}.t3_c10')).last
+    drop(page, picture)
+    expect(column.get_by_test_id('label-output-value')).to_have_text('airplane', timeout=60000)
+    figure = column.locator('img').first
+    before = figure.get_attribute('src')
+    column.get_by_label('Set by hand', exact=True).click()
+    page.get_by_role('option', name='layer3.1').click()
+    slider = column.get_by_role('slider')
+    slider.focus()
+    for _ in range(45):  # the keyboard alone
+        slider.press('ArrowLeft')
+    expect(column.get_by_text('With these merges:')).to_be_visible()
+    expect(figure).not_to_have_attribute('src', before)
+    column.get_by_label('layer1.0').check()
+    expect(column.get_by_label('layer1.0')).to_be_checked()
+    dense = page.locator('.column', has=page.get_by_role('heading', name='densenet')).last
+    expect(dense.locator('img').first).to_be_visible()  # the heat map
+
+
+@needs_browser
+def test_bad_pictures_are_refused_and_the_server_goes_on(page, picture, tmp_path):
+    for name, (make, message) in BAD.items():
+        make(tmp_path / name)
+        drop(page, tmp_path / name)
+        alert = page.get_by_test_id('toast-body')
+        expect(alert).to_contain_text(re.compile(message), timeout=60000)
+        page.get_by_test_id('toast-close').click()
+    drop(page, picture)
+    expect(page.get_by_test_id('label-output-value').first).to_have_text('airplane', timeout=60000)
+
+
+@needs_browser
+def test_the_page_fits_a_phone(page, picture):
+    page.set_viewport_size(dict(width=360, height=740))
+    drop(page, picture)
+    expect(page.get_by_test_id('label-output-value').first).to_have_text('airplane', timeout=60000)
+    assert page.evaluate('document.documentElement.scrollWidth') <= 360
+
+
+def test_the_page_is_for_this_machine_alone(server):
+    port = int(re.search(r':(\d+)/', server[0])[1])
+    socket.create_connection(('127.0.0.1', port), 5).close()
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(('127.0.0.2', port), 5)
