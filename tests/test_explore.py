@@ -138,8 +138,13 @@ def test_a_weight_set_by_hand(name, connection, merge, path, folders):
     earlier = list(own.lambdas)[:list(own.lambdas).index(merge)]
     assert all(torch.equal(own.lambdas[k], changed.lambdas[k]) for k in earlier)
     assert not torch.equal(own.probabilities, changed.probabilities)
-    explored.look(picture, (), connection, 0.9)
     assert torch.equal(explored.look(picture).probabilities, own.probabilities)  # nothing stays changed
+    mix = explored.mixes[merge]
+    with torch.no_grad():  # λ of this path is 1
+        mix.weight1.fill_(1.), mix.weight2.fill_(-1e4)[path].fill_(1e4)
+    mix.register_forward_pre_hook(lambda module, args: (args[0].abs() + 1,))
+    lambdas = explored.look(picture, (), connection, 0.9).lambdas[merge][0]
+    assert lambdas[path] == pytest.approx(0.9) and lambdas.sum() == pytest.approx(1)
 
 
 def test_the_published_models_have_something_to_compare_with():

@@ -139,10 +139,11 @@ class Explored:
 
         def change(name: str, mix: MixingWeights, scales: Tensor) -> Optional[Tensor]:
             if short_name(name) == chosen:
-                n, rest = mix.num_paths, mix.num_paths - scales[:, index:index + 1]
-                scales = scales * ((1 - value) * n / rest)
-                scales[:, index] = value * n
-                return scales
+                others = scales.clamp_min(1e-30)  # where λ is 1 they may have underflowed
+                others[:, index] = 0
+                scales = (1 - value) * others / others.sum(1, keepdim=True)
+                scales[:, index] = value
+                return mix.num_paths * scales
             return torch.ones_like(scales) if name in identity else None
 
         image = self.transform(picture.convert(self.mode))[None]  # type: ignore[operator]
