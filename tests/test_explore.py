@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from playwright.sync_api import expect, sync_playwright
 
 from timm_awm import record_mixing_weights
 from timm_awm.analysis import identity_merges
-from timm_awm.explore import MEGAPIXELS, Explored, read_picture, resolve_models
+from timm_awm.explore import MEGAPIXELS, Explored, draw_examples, read_picture, resolve_models
 from timm_awm.hub import save_for_hub
 from timm_awm_cli.main import main
 
@@ -58,9 +59,9 @@ def rotated(path):
 
 PICTURES = {
     'grey.png': lambda path: Image.new('L', (40, 30), 255).save(path),
-    'grey16.png': lambda path: Image.new('I;16', (40, 30), 65535).save(path),
     'alpha.png': lambda path: Image.new('RGBA', (40, 30), (0, 0, 0, 0)).save(path),
     'transparent.gif': lambda path: Image.new('P', (40, 30)).save(path, transparency=0),
+    'grey_alpha.png': lambda path: Image.new('LA', (40, 30), (0, 0)).save(path),
     'cmyk.jpg': lambda path: Image.new('CMYK', (40, 30)).save(path),
 }
 
@@ -70,6 +71,11 @@ def test_pictures_of_every_kind_are_white(name, tmp_path):
     PICTURES[name](tmp_path / name)
     image = read_picture(str(tmp_path / name))
     assert (image.mode, image.size) == ('RGB', (40, 30)) and image.getpixel((7, 7)) == (255, 255, 255)
+
+
+def test_16_bits_become_8(tmp_path):
+    Image.new('I;16', (4, 3), 128 * 256).save(tmp_path / 'grey.png')
+    assert read_picture(str(tmp_path / 'grey.png')).getpixel((1, 1)) == (128, 128, 128)
 
 
 @pytest.mark.parametrize('make, name', [(gif, 'moving.gif'), (rotated, 'rotated.jpg')])
@@ -88,6 +94,7 @@ BAD = {
     'empty.png': (lambda path: path.write_bytes(b''), 'cannot be read as a picture'),
     'truncated.png': (truncated, 'cannot be read as a picture'),
     'large.png': (lambda path: Image.new('1', (9000, 9000)).save(path), f'too large.*{MEGAPIXELS} million'),
+    'thin.png': (lambda path: Image.new('1', (400000, 1)).save(path), 'too thin.*100 times'),
     'huge.png': (lambda path: Image.new('1', (20000, 20000)).save(path), f'too large.*{MEGAPIXELS} million'),
 }
 
@@ -98,6 +105,17 @@ def test_what_is_no_picture(name, tmp_path):
     make(tmp_path / name)
     with pytest.raises(ValueError, match=message):
         read_picture(str(tmp_path / name))
+
+
+def test_a_picture_that_has_been_deleted(tmp_path):
+    with pytest.raises(ValueError, match='deleted.*drop it again'):
+        read_picture(str(tmp_path / 'gone.png'))
+
+
+def test_examples_are_written_where_they_should(tmp_path):
+    paths = draw_examples(tmp_path)
+    assert sorted(map(Path, paths)) == sorted(tmp_path.iterdir()) and len(paths) == 3
+    assert all(read_picture(path).size[0] >= 8 for path in paths)
 
 
 # --- models
@@ -153,11 +171,33 @@ def test_the_published_models_have_something_to_compare_with():
         assert groups['all']['images'] == sum(groups[str(i)]['images'] for i in range(10)) == 10000
 
 
-def test_a_damaged_reference_is_named(folders, tmp_path):
-    shutil.copytree(folders / 'resnet', tmp_path / 'resnet')
-    (tmp_path / 'resnet' / 'lambda.json').write_text('{"data": 1}')
+@pytest.mark.parametrize('text', [
+    '{', '{"data": 1}', '{"data": "x", "groups": {"all": {"merges": {}}}}',
+    '{"data": "x", "groups": {"all": {"images": 1, "merges": {}}}}', 'resnet'])
+def test_a_damaged_reference_or_that_of_another_model_is_named(text, folders, tmp_path):
+    shutil.copytree(folders / 'densenet', tmp_path / 'net')
+    if text == 'resnet':
+        text = (HUB / f'{RESNET}.t3_c10' / 'lambda.json').read_text()
+    (tmp_path / 'net' / 'lambda.json').write_text(text)
     with pytest.raises(ValueError, match='lambda.json is not what timm-awm analyze writes'):
-        Explored(tmp_path / 'resnet', 'resnet')
+        Explored(tmp_path / 'net', 'net')
+
+
+@pytest.mark.parametrize('kwargs', [dict(num_classes=0), dict(in_chans=4)], ids=str)
+def test_models_that_the_page_cannot_show(kwargs, tmp_path):
+    save_for_hub(create(RESNET, **kwargs), tmp_path / 'net')
+    with pytest.raises(ValueError, match='net has .* classes and takes . channels'):
+        Explored(tmp_path / 'net', 'net')
+
+
+def test_many_at_once_see_their_own(folders):
+    explored = Explored(folders / 'resnet', 'resnet')
+    picture = Image.new('RGB', (50, 70), (90, 20, 160))
+    asked = [((), 'none'), (list(explored.mixes), 'none'), ((), 'layer3.1')] * 8
+    alone = [explored.look(picture, *settings, 0.9).probabilities for settings in asked[:3]] * 8
+    with ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(lambda settings: explored.look(picture, *settings, 0.9).probabilities, asked))
+    assert all(map(torch.equal, alone, together))
 
 
 def test_models_by_name(folders, tmp_path):
@@ -167,7 +207,7 @@ def test_models_by_name(folders, tmp_path):
 
 def test_models_that_are_not_there(capsys, tmp_path):
     assert main(['explore', 'no_such_model']) == 1
-    assert 'There is no folder no_such_model. A model is hf-hub:OWNER/NAME' in capsys.readouterr().err
+    assert 'no_such_model. A model is hf-hub:OWNER/NAME' in capsys.readouterr().err
     assert main(['explore', str(tmp_path)]) == 1
     assert 'args.yaml' in capsys.readouterr().err
 
@@ -185,8 +225,8 @@ def server(folders, tmp_path_factory):
     line = process.stdout.readline()
     url = re.search(r'http://127\.0\.0\.1:\d+/', line)[0]
     yield url, temporary
-    process.send_signal(signal.SIGINT)
-    assert process.wait(30) == 0
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 143
     assert not [path for path in temporary.rglob('*') if path.is_file()]  # no uploads are left
 
 
@@ -220,7 +260,7 @@ def test_a_person_explores(page, picture, server):
     expect(column.get_by_test_id('label-output-value')).to_have_text('airplane', timeout=60000)
     figure = column.locator('img').first
     before = figure.get_attribute('src')
-    column.get_by_label('Set by hand', exact=True).click()
+    column.get_by_label('Set by hand, whatever is ticked').click()
     page.get_by_role('option', name='layer3.1').click()
     slider = column.get_by_role('slider')
     slider.focus()
@@ -228,8 +268,10 @@ def test_a_person_explores(page, picture, server):
         slider.press('ArrowLeft')
     expect(column.get_by_text('With these merges:')).to_be_visible()
     expect(figure).not_to_have_attribute('src', before)
+    effect = column.get_by_text('With these merges:')
+    before = effect.inner_text()
     column.get_by_label('layer1.0').check()
-    expect(column.get_by_label('layer1.0')).to_be_checked()
+    expect(effect).not_to_have_text(before)
     dense = page.locator('.column', has=page.get_by_role('heading', name='densenet')).last
     expect(dense.locator('img').first).to_be_visible()  # the heat map
 
@@ -237,13 +279,35 @@ def test_a_person_explores(page, picture, server):
 @needs_browser
 def test_bad_pictures_are_refused_and_the_server_goes_on(page, picture, tmp_path):
     for name, (make, message) in BAD.items():
+        drop(page, picture)  # a good one before each
+        expect(page.get_by_test_id('label-output-value').first).to_have_text('airplane', timeout=60000)
         make(tmp_path / name)
         drop(page, tmp_path / name)
         alert = page.get_by_test_id('toast-body')
         expect(alert).to_contain_text(re.compile(message), timeout=60000)
         page.get_by_test_id('toast-close').click()
-    drop(page, picture)
-    expect(page.get_by_test_id('label-output-value').first).to_have_text('airplane', timeout=60000)
+        expect(page.get_by_test_id('label-output-value')).to_have_count(0)  # and nothing of it stays
+
+
+@needs_browser
+def test_pictures_of_every_kind_on_the_page(page, picture, tmp_path):
+    """What a page shows of a picture depends on it alone."""
+    column = page.locator('.column', has=page.get_by_role('heading', name=f'{RESNET}.t3_c10')).last
+    shown = []
+    for name in 'alpha.png', 'transparent.gif', 'alpha.png', 'cmyk.jpg':
+        drop(page, picture)
+        expect(column).to_contain_text('97%', timeout=60000)
+        PICTURES[name](tmp_path / name)
+        drop(page, tmp_path / name)
+        expect(column).not_to_contain_text('97%', timeout=60000)
+        shown.append(str(re.findall(r'\w+\n\d+%', column.inner_text())))
+    assert len(set(shown)) == 1 and shown[0].count('%') == 5  # they are all white
+
+
+@needs_browser
+def test_an_example_is_shown(page):
+    page.locator('.gallery-item').first.click()
+    expect(page.get_by_test_id('label-output-value').first).to_be_visible(timeout=60000)
 
 
 @needs_browser
@@ -254,6 +318,7 @@ def test_the_page_fits_a_phone(page, picture):
     assert page.evaluate('document.documentElement.scrollWidth') <= 360
 
 
+@pytest.mark.skipif(sys.platform != 'linux', reason='127.0.0.2 is there on Linux alone')
 def test_the_page_is_for_this_machine_alone(server):
     port = int(re.search(r':(\d+)/', server[0])[1])
     socket.create_connection(('127.0.0.1', port), 5).close()

@@ -281,6 +281,10 @@ def test_push_with_a_space(hub, client, folder):
         assert files['requirements.txt'] == 'timm-awm[explore]\n'
         assert f"explore(['hf-hub:{repo_id}'], host='0.0.0.0')" in files['app.py']
         assert is_published(hub, folder, repo_id)
+    for flags in ['--revision', 'next'], ['--create-pr']:
+        assert 'A Space shows the main branch' in client.command(
+            'push', folder, 'me/other', '--space', *flags, status=1)
+    assert 'me/other' not in hub.repos
 
 
 def test_push_keeps_visibility_other_files_and_other_names(hub, client, folder, tmp_path):

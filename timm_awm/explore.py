@@ -3,6 +3,7 @@ import os
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
+from threading import Lock
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence
 
 os.environ.update(GRADIO_ANALYTICS_ENABLED='False', GRADIO_RUN_HISTORY='False')  # read as it is imported
@@ -26,6 +27,7 @@ from .layers.record import find_merges, hook_merges
 
 __all__ = ['Explored', 'explore', 'make_page', 'read_picture', 'resolve_models']
 
+FORMATS = 'PNG', 'JPEG', 'WEBP', 'GIF'
 MEGAPIXELS = 50  # what is larger is not decoded
 NONE = 'none'
 
@@ -40,6 +42,8 @@ def resolve_models(names: Sequence[str], temporary: Path) -> Dict[str, Path]:
     Raises:
         ValueError: There is no such model; or as `pull` and `export_run` raise.
     """
+    names = [
+        name if name.startswith('hf-hub:') else str(Path(name.removeprefix('local-dir:')).resolve()) for name in names]
     labels = model_labels(names, [None] * len(names))
     return {label: _resolve(name, temporary / label) for label, name in zip(labels, names)}
 
@@ -47,7 +51,7 @@ def resolve_models(names: Sequence[str], temporary: Path) -> Dict[str, Path]:
 def _resolve(name: str, exported: Path) -> Path:
     if name.startswith('hf-hub:'):
         return pull(name.removeprefix('hf-hub:')).folder
-    folder = Path(name.removeprefix('local-dir:'))
+    folder = Path(name)
     if not folder.is_dir():
         raise ValueError(
             f'There is no folder {folder}. A model is hf-hub:OWNER/NAME, local-dir:FOLDER or the folder of a run of '
@@ -62,20 +66,27 @@ def read_picture(path: str) -> Image.Image:
     """The picture in a file, upright, its first frame if it moves, on white where it is transparent.
 
     Raises:
-        ValueError: It is no picture, damaged, or too large.
+        ValueError: It is no picture, damaged, too large or too thin, or gone.
     """
     try:
-        with Image.open(path) as file:
-            if file.width * file.height > 1e6 * MEGAPIXELS:
+        with Image.open(path, formats=FORMATS) as file:
+            width, height = sorted(file.size)
+            if width * height > 1e6 * MEGAPIXELS or height > 100 * width:  # thin ones grow as they are resized
                 raise Image.DecompressionBombError(f'{file.width} x {file.height} pixels')
             image: Image.Image = ImageOps.exif_transpose(file)
+            if image.mode.startswith('I;16'):
+                image = image.point(lambda value: value / 256).convert('L')
             if image.has_transparency_data:
                 image = image.convert('RGBA')
                 image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
             return image.convert('RGB')
     except Image.DecompressionBombError as error:
-        raise ValueError(f'The picture is too large ({error}): at most {MEGAPIXELS} million pixels.') from error
-    except Exception as error:  # of Pillow's many readers
+        raise ValueError(
+            f'The picture is too large or too thin ({error}): take one of at most {MEGAPIXELS} million pixels, and at '
+            'most 100 times as long as wide.') from error
+    except FileNotFoundError as error:
+        raise ValueError('The picture has been deleted after some minutes: drop it again.') from error
+    except Exception as error:  # of Pillow's readers
         raise ValueError('This file cannot be read as a picture: take a whole PNG, JPEG, WebP or GIF.') from error
 
 
@@ -93,23 +104,28 @@ class Explored:
         label: Names it on the page.
 
     Raises:
-        ValueError: It holds no whole AWM model.
+        ValueError: It holds no whole AWM model, one without classes, or what it is compared with is of another.
     """
 
     def __init__(self, folder: Path, label: str) -> None:
         self.label = label
         self.model = load_folder(folder).eval()
-        self.reference = read_reference(folder)
+        self.lock = Lock()  # one picture at a time: hooks change the merges for all
         self.mixes: Dict[str, MixingWeights] = {}
         if any(isinstance(module, MixingWeights) for module in self.model.modules()):  # else the plain control
             self.mixes = find_merges(self.model)
+        self.reference = read_reference(folder, {name: mix.num_paths for name, mix in self.mixes.items()})
         self.residual = all(mix.num_paths == 2 for mix in self.mixes.values())
         config: Any = self.model.pretrained_cfg
-        names = config.get('label_names') or range(self.model.num_classes)
-        self.classes = [str(name) for name in names]
+        names = list(config.get('label_names') or range(self.model.num_classes))
+        self.classes = [str(name) if names.count(name) == 1 else f'{name} ({i})' for i, name in enumerate(names)]
         data = resolve_data_config({}, model=self.model)
         self.transform = create_transform(**data)
-        self.mode = 'RGB' if data['input_size'][0] == 3 else 'L'
+        channels = data['input_size'][0]
+        if not self.classes or channels not in (1, 3):
+            raise ValueError(f'{label} has {len(self.classes)} classes and takes {channels} channels: the page needs '
+                             'classes, and networks for pictures in colour or grey.')
+        self.mode = 'RGB' if channels == 3 else 'L'
 
     @property
     def connections(self) -> List[str]:
@@ -147,7 +163,7 @@ class Explored:
             return torch.ones_like(scales) if name in identity else None
 
         image = self.transform(picture.convert(self.mode))[None]  # type: ignore[operator]
-        with ExitStack() as stack, torch.inference_mode():
+        with self.lock, ExitStack() as stack, torch.inference_mode():
             lambdas: Dict[str, Tensor] = {}
             if self.mixes:
                 stack.enter_context(hook_merges(self.mixes, change))
@@ -159,24 +175,24 @@ class Explored:
         """λ of the picture: of a ResNet over the depth, beside what the reference has; of a DenseNet as a heat map."""
         if not seen.lambdas:
             return None
-        groups = self.reference['groups'] if self.reference else {}
+        predicted = int(seen.probabilities.argmax())
+        found = self.reference['groups'] if self.reference else {}
+        groups = {
+            label: found[key]['merges']
+            for key, label in ((ALL, 'all images'), (str(predicted), self.classes[predicted])) if key in found}
         if not self.residual:
             maps = {'this picture': {name: value[0].numpy() for name, value in seen.lambdas.items()}}
-            if groups:
-                maps['mean of all images'] = {
-                    name: np.array(of_merge['mean']) for name, of_merge in groups[ALL]['merges'].items()}
-            return plot_paths(maps, self.label)
+            for label, of_merges in groups.items():
+                maps[f'mean of {label}'] = {name: np.array(values['mean']) for name, values in of_merges.items()}
+            stds = found and {name: np.array(values['std']) for name, values in found[ALL]['merges'].items()}
+            return plot_paths(maps, self.label, stds or None)
         figure, ax = depth_figure(len(seen.lambdas))
+        figure.set_size_inches(max(5.5, 0.2 * len(seen.lambdas)), 4)  # to be read on a phone
         merges = range(1, len(seen.lambdas) + 1)
-        predicted = int(seen.probabilities.argmax())
-        for key, label, color in (
-                (ALL, 'all images', 'gray'), (str(predicted), self.classes[predicted], 'tab:orange')):
-            if key in groups:
-                mean, std = (
-                    np.array([groups[key]['merges'][name][what][0] for name in seen.lambdas])
-                    for what in ('mean', 'std'))
-                ax.plot(merges, mean, color=color, label=f'{label}: mean ± one standard deviation')
-                ax.fill_between(merges, mean - std, mean + std, color=color, alpha=0.2)
+        for (label, of_merges), color in zip(groups.items(), ('gray', 'tab:orange')):
+            mean, std = (np.array([of_merges[name][what][0] for name in seen.lambdas]) for what in ('mean', 'std'))
+            ax.plot(merges, mean, color=color, label=f'{label}: mean ± one standard deviation')
+            ax.fill_between(merges, mean - std, mean + std, color=color, alpha=0.2)
         ax.plot(merges, [float(value[0, 0]) for value in seen.lambdas.values()], 'o-', label='this picture', lw=2)
         ax.axhline(0.5, color='black', linestyle='--', lw=1, label='plain: both weigh the same')
         label_merges(ax, [list(seen.lambdas)])
@@ -193,17 +209,16 @@ def make_page(models: Sequence[Explored], examples: Sequence[str] = ()) -> gr.Bl
         examples: Files of pictures to choose from.
     """
     def show(path: Optional[str], *settings: Any) -> List[Any]:
-        """The picture, and classes, effect and figure of every model."""
+        """Classes, effect and figure of every model."""
+        if path is None:
+            return [None, '', None] * len(models)
         try:
-            image = read_picture(path) if path else None
+            image = read_picture(path)
         except ValueError as error:
-            gr.Warning(str(error), duration=None)
-            image = None
-        if image is None:
-            return [None, *[None, '', None] * len(models)]
-        results: List[Any] = [gr.skip()]
-        for i, model in enumerate(models):
-            plain, seen = model.look(image), model.look(image, *settings[3 * i:3 * i + 3])
+            raise gr.Error(str(error), duration=None, print_exception=False) from error
+        results: List[Any] = []
+        for n, model in enumerate(models):
+            plain, seen = model.look(image), model.look(image, *settings[3 * n:3 * n + 3])
             top = seen.probabilities.topk(min(5, len(model.classes)))
             results += [
                 {model.classes[i]: p for i, p in zip(top.indices.tolist(), top.values.tolist())},
@@ -213,16 +228,17 @@ def make_page(models: Sequence[Explored], examples: Sequence[str] = ()) -> gr.Bl
     with gr.Blocks(title='timm-awm explore', analytics_enabled=False, delete_cache=(60, 600)) as page:
         gr.Markdown(
             '# Which paths does the network take?\n'
-            'A merge weighs the convolutions F(x) by λ1 and the shortcut x by 1 − λ1, for each picture anew. '
+            'A merge weighs its paths for each picture anew: in a ResNet the convolutions F(x) by λ1, and the shortcut '
+            'x by 1 − λ1. '
             'Drop a picture, then change merges and see what becomes of the prediction.')
         with gr.Row():
-            picture = gr.Image(label='Picture', type='filepath', sources=['upload', 'clipboard'], height=300)
+            picture: Any = gr.Image(label='Picture', type='filepath', sources=['upload', 'clipboard'], height=300)
             # opened by `read_picture`, which says what is wrong with it
             picture.preprocess = lambda payload: payload and payload.path
             if examples:
                 gr.Examples([[path] for path in examples], picture)
         inputs: List[Any] = [picture]
-        outputs: List[Any] = [picture]
+        outputs: List[Any] = []
         with gr.Row():
             for model in models:
                 with gr.Column(min_width=320):
@@ -234,11 +250,13 @@ def make_page(models: Sequence[Explored], examples: Sequence[str] = ()) -> gr.Bl
                             gr.CheckboxGroup(
                                 [(short_name(name), name) for name in model.mixes], show_select_all=True,
                                 label='Set back to the identity, λ = 1/n'),
-                            gr.Dropdown([NONE, *model.connections], value=NONE, label='Set by hand'),
+                            gr.Dropdown(
+                                [NONE, *model.connections], value=NONE, label='Set by hand, whatever is ticked'),
                             gr.Slider(0, 1, 0.5, step=0.01, label='λ of what is set by hand')]
-        gr.on(
+        shown = gr.on(
             [item.change for item in inputs], show, inputs, outputs, trigger_mode='always_last',
             show_progress='minimal')
+        shown.failure(lambda: None, outputs=picture)  # leaves room for another
     return page
 
 
@@ -246,7 +264,7 @@ def _about(model: Explored) -> str:
     if not model.mixes:
         return 'A plain network, without merges.'
     if model.reference is None:
-        return 'To compare with a data set, let `timm-awm analyze local-dir:FOLDER ...` add it to the model.'
+        return 'There is nothing to compare with: `timm-awm analyze local-dir:FOLDER ...` adds it to a Hub folder.'
     return f'Beside {model.reference["groups"][ALL]["images"]:,} images of {model.reference["data"]}.'
 
 
@@ -263,7 +281,7 @@ def _effect(classes: Sequence[str], plain: Seen, seen: Seen) -> str:
 def draw_examples(folder: Path) -> List[str]:
     """Writes scikit-learn's pictures: two photographs and a handwritten digit."""
     photographs = load_sample_images()
-    pictures = dict(zip(photographs.filenames, photographs.images))
+    pictures = {Path(name).name: pixels for name, pixels in zip(photographs.filenames, photographs.images)}
     pictures['digit.png'] = np.uint8(255 - 255 / 16 * load_digits().images[3])
     for name, pixels in pictures.items():
         Image.fromarray(pixels).save(folder / name)
@@ -283,11 +301,19 @@ def explore(models: Sequence[str], host: str = '127.0.0.1', port: Optional[int] 
         RuntimeError, ValueError: A model cannot be had.
     """
     with tempfile.TemporaryDirectory() as temporary:
-        os.environ['GRADIO_TEMP_DIR'] = temporary  # uploads go with it
+        os.environ['GRADIO_TEMP_DIR'] = str(Path(temporary, 'uploads'))  # visitors may read what is there
         explored = [Explored(path, label) for label, path in resolve_models(models, Path(temporary)).items()]
         page = make_page(explored, draw_examples(Path(temporary)))
         page.launch(
-            server_name=host, server_port=port, share=False, max_file_size='50mb', quiet=True, footer_links=[],
-            theme=gr.themes.Base(font=['system-ui', 'sans-serif'], font_mono=['monospace']), prevent_thread_lock=True)
+            server_name=host,
+            server_port=port,
+            share=False,
+            max_file_size='50mb',
+            show_error=True,
+            quiet=True,
+            footer_links=[],
+            theme=gr.themes.Base(font=['system-ui', 'sans-serif'], font_mono=['monospace']),
+            prevent_thread_lock=True,
+        )
         print(f'The page is at http://{host}:{page.server_port}/ until you press Ctrl+C.', flush=True)
         page.block_thread()

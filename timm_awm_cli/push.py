@@ -20,6 +20,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from timm_awm import hub
+    if args.space and (args.revision or args.create_pr):
+        raise ValueError('A Space shows the main branch: --space goes without --revision and --create-pr.')
     url = hub.push(
         args.folder, args.repo_id, private=not args.public, revision=args.revision, create_pr=args.create_pr)
     print(f'{args.folder}: published and compared: {url}')

@@ -138,9 +138,14 @@ def plot_paths(
         title = 'standard deviation over the images'
         grids[title], colors[title] = _grid(stds), dict(cmap='viridis', vmin=0)
     paths = next(iter(grids.values())).shape[1]
-    figure = Figure(figsize=(1 + len(grids) * (4 + 0.15 * paths), 2 + 0.2 * len(names)), layout='constrained')
+    rows = 1 if len(grids) < 3 else 2
+    columns = (len(grids) + 1) // rows
+    size = 1 + columns * (4 + 0.15 * paths), rows * (2 + 0.2 * len(names))
+    figure = Figure(figsize=size, layout='constrained')
     figure.suptitle(f'{label}: n · λ of the n paths of each merge (1 at the identity)')
-    axes = figure.subplots(1, len(grids), sharey=True, squeeze=False)[0]
+    axes = figure.subplots(rows, columns, sharey=True, squeeze=False).flatten()
+    for ax in axes[len(grids):]:
+        ax.remove()
     for ax, (title, grid) in zip(axes, grids.items()):
         image = ax.imshow(grid, aspect='auto', extent=(.5, paths + .5, len(names) + .5, .5), **colors[title])
         figure.colorbar(image, ax=ax)

@@ -1,7 +1,7 @@
 """What one image is compared with: mean and spread of λ over a data set, and over each of its classes."""
 import json
 from pathlib import Path
-from typing import Any, Dict, Optional
+from typing import Any, Dict, Mapping, Optional
 
 import torch
 
@@ -35,18 +35,26 @@ def write_reference(folder: Path, seen: Observed, data: str) -> None:
     (folder / REFERENCE).write_text(text, encoding='utf-8')
 
 
-def read_reference(folder: Path) -> Optional[Dict[str, Any]]:
+def read_reference(folder: Path, paths: Mapping[str, int]) -> Optional[Dict[str, Any]]:
     """What `write_reference` wrote into a model's folder; None if there is nothing.
 
+    Args:
+        folder: The model's folder.
+        paths: Name of each of its merges -> number of paths.
+
     Raises:
-        ValueError: The file is damaged.
+        ValueError: The file is damaged, or of another model.
     """
     path = folder / REFERENCE
     if not path.is_file():
         return None
     try:
         found = json.loads(path.read_text(encoding='utf-8'))
-        found['data'], found['groups'][ALL]['merges']
+        found['data'], found['groups'][ALL]['images']
+        for group in found['groups'].values():
+            for what in ('mean', 'std'):
+                if {name: len(values[what]) for name, values in group['merges'].items()} != paths:
+                    raise ValueError('it is of another model')
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f'{path} is not what timm-awm analyze writes: {error!r}') from error
     return found

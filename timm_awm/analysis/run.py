@@ -164,8 +164,11 @@ def analyze(args: Namespace) -> None:
             model.cpu()
         found.save(partial)
     for name, label, checkpoint in zip(args.models, model_labels(args.models, checkpoints), checkpoints):
-        if name.startswith('local-dir:') and not checkpoint:  # for `timm-awm explore`, and for who gets the folder
-            shutil.copyfile(args.output / label / REFERENCE, Path(name.removeprefix('local-dir:')) / REFERENCE)
+        if name.startswith('local-dir:') and not checkpoint and not args.num_images:
+            # for `timm-awm explore`, and for who gets the folder; a sample is not worth it
+            goal = Path(name.removeprefix('local-dir:')) / REFERENCE
+            shutil.copyfile(args.output / label / REFERENCE, goal)
+            print(f'{goal}: what timm-awm explore compares a picture with.')
     print(f'Everything is in {args.output}.')
 
 
