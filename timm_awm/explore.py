@@ -256,7 +256,7 @@ def make_page(models: Sequence[Explored], examples: Sequence[str] = ()) -> gr.Bl
         shown = gr.on(
             [item.change for item in inputs], show, inputs, outputs, trigger_mode='always_last',
             show_progress='minimal')
-        shown.failure(lambda: None, outputs=picture)  # leaves room for another
+        shown.failure(lambda: [None] * (1 + len(outputs)), outputs=[picture, *outputs])
     return page
 
 
