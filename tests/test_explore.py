@@ -213,6 +213,11 @@ def test_models_that_are_not_there(capsys, tmp_path):
     assert 'args.yaml' in capsys.readouterr().err
 
 
+def test_a_port_that_there_is_not(capsys, folders):
+    assert main(['explore', str(folders / 'plain'), '--port', '70000']) == 1
+    assert 'port must be 0-65535' in capsys.readouterr().err
+
+
 # --- the page
 
 @pytest.fixture(scope='module')

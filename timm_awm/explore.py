@@ -70,8 +70,8 @@ def read_picture(path: str) -> Image.Image:
     """
     try:
         with Image.open(path, formats=FORMATS) as file:
-            width, height = sorted(file.size)
-            if width * height > 1e6 * MEGAPIXELS or height > 100 * width:  # thin ones grow as they are resized
+            short, long = sorted(file.size)
+            if short * long > 1e6 * MEGAPIXELS or long > 100 * short:  # thin ones grow as they are resized
                 raise Image.DecompressionBombError(f'{file.width} x {file.height} pixels')
             image: Image.Image = ImageOps.exif_transpose(file)
             if image.mode.startswith('I;16'):
@@ -297,7 +297,7 @@ def explore(models: Sequence[str], host: str = '127.0.0.1', port: Optional[int] 
         port: The first free one from 7860 if not given.
 
     Raises:
-        OSError: The port cannot be had.
+        OSError, OverflowError: The port cannot be had.
         RuntimeError, ValueError: A model cannot be had.
     """
     with tempfile.TemporaryDirectory() as temporary:

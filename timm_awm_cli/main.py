@@ -1,8 +1,8 @@
 """Finds the command and runs it.
 
 The file of a command has HELP, a line; add_arguments(parser); and run(args), which imports what it needs. It raises
-OSError, RuntimeError or ValueError with a message for the user. If it has TAKES_REST, what the parser does not know is
-passed on as args.rest.
+OSError, OverflowError, RuntimeError or ValueError with a message for the user. If it has TAKES_REST, what the parser
+does not know is passed on as args.rest.
 """
 import argparse
 import importlib
@@ -36,7 +36,7 @@ def main(args: Optional[List[str]] = None) -> int:
     except KeyboardInterrupt:
         print('Interrupted.', file=sys.stderr)
         return 130
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, OverflowError, RuntimeError, ValueError) as error:
         print(f'timm-awm: {error}', file=sys.stderr)
         return 1
     finally:
