@@ -10,7 +10,7 @@ from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 BATCHES = 5  # an epoch
 # later arguments win
 COMMON = (
-    '--model awm_resnet14_cifar --num-classes 10 --device cpu --no-prefetcher -j 1 -b 8 --epochs 4 '
+    '--model awm_resnet14_cifar --num-classes 10 --device cpu -j 1 -b 8 --epochs 4 '
     '--opt alternating --opt-kwargs base=sgd period=1 --lr .1 --weight-decay .01 --warmup-epochs 0 --experiment run ')
 
 

@@ -64,7 +64,7 @@ def run(*command, cwd, check=True, front=(sys.executable,)):
 
 def arguments(recipe, data, cwd, *args):
     return [str(arg) for arg in (
-        'train', '-c', recipe, '--dataset', f'hfds/{data}', '--device', 'cpu', '--no-prefetcher', '-j', 1, '-b', 16,
+        'train', '-c', recipe, '--dataset', f'hfds/{data}', '--device', 'cpu', '-j', 1, '-b', 16,
         '--train-split', 'train', '--val-split', 'test',
         '--checkpoint-hist', 100, '--output', cwd, '--experiment', 'run', *args)]
 
@@ -128,7 +128,7 @@ def test_plain_control_and_validate(data, tmp_path):
     result = run(
         'validate', '--model', 'awm_resnet20_cifar', '--model-kwargs', 'awm=False', '--checkpoint', checkpoint,
         '--dataset', f'hfds/{data}', '--input-key', 'img', '--target-key', 'label', '--split', 'test',
-        '--device', 'cpu', '-b', 16, '--no-prefetcher', '-j', 1, '--num-classes', 10, cwd=tmp_path)
+        '--device', 'cpu', '-b', 16, '-j', 1, '--num-classes', 10, cwd=tmp_path)
     assert json.loads(result.stdout.split('--result')[1])['top1'] == pytest.approx(float(row['eval_top1']), abs=1e-3)
 
 
