@@ -20,7 +20,7 @@ from timm_awm.optim import PhaseSchedule
 HUB = Path(__file__).parents[1] / 'hub'
 RESULTS = runpy.run_path(str(HUB / 'results.py'))
 FOLDERS = sorted(path.parent for path in HUB.glob('*/config.json'))
-CIFAR10 = os.environ.get('TIMM_AWM_CIFAR10', '')
+CIFAR = os.environ.get('TIMM_AWM_CIFAR', '')
 
 
 def test_csv_and_table_are_those_of_the_runs():
@@ -98,18 +98,20 @@ def test_differences_and_their_intervals():
 def test_a_published_model_has_the_accuracy_of_its_card(folder):
     model = load_folder(folder).eval()
     assert folder.name == f'{model.pretrained_cfg["architecture"]}.{model.pretrained_cfg["tag"]}'
-    results = {r.dataset_split: r.metric_value for r in ModelCard.load(folder / 'README.md').data.eval_results}
+    of_card = ModelCard.load(folder / 'README.md').data.eval_results
+    results, data_name = {r.dataset_split: r.metric_value for r in of_card}, of_card[0].dataset_name
     summary = (folder / 'summary.csv').read_bytes()
     run, = (path.parent for path in HUB.glob('results/*/summary.csv') if path.read_bytes() == summary)
     assert results['test'] == json.loads((run / 'test.json').read_text())['top1']
     stated, config = results['test'] / 100, resolve_data_config({}, model=model)
-    # a row for each class, its first 10 test images
-    sheet, transform = Image.open(Path(__file__).with_name('cifar10_test_100.png')), create_transform(**config)
+    # the first test images of each class, 10 or 1
+    sheet, transform = Image.open(Path(__file__).with_name(f'{data_name}_test_100.png')), create_transform(**config)
     images = [transform(sheet.crop((x, y, x + 32, y + 32))) for y in range(0, 320, 32) for x in range(0, 320, 32)]
-    correct = model(torch.stack(images)).argmax(1) == torch.arange(10).repeat_interleave(10)
+    correct = model(torch.stack(images)).argmax(1) == torch.arange(100) // (100 // model.num_classes)
     assert abs(correct.float().mean() - stated) < 2.5 * (stated * (1 - stated) / 100) ** 0.5
-    if CIFAR10:  # its folder: all test images
-        data = create_dataset(f'hfds/{CIFAR10}', split='test', input_key='img', target_key='label')
+    if CIFAR:  # all test images
+        target_key = yaml.safe_load((folder / 'args.yaml').read_text())['target_key']
+        data = create_dataset(f'hfds/{CIFAR}/{data_name}', split='test', input_key='img', target_key=target_key)
         loader = create_loader(data, batch_size=250, num_workers=0, use_prefetcher=False, **config)
         right = sum((model(images).argmax(1) == labels).sum().item() for images, labels in loader)
         assert right / len(data) == pytest.approx(stated, abs=1e-4)
