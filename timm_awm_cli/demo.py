@@ -1,4 +1,5 @@
 import argparse
+import os
 from pathlib import Path
 
 from .main import positive_int
@@ -18,6 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')  # read with torch; else other work makes it ten times slower
     try:
         from timm_awm import demo
     except ModuleNotFoundError as error:
