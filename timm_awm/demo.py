@@ -1,4 +1,4 @@
-"""The whole way of an AWM model in about a minute: train, save, load, look inside. Offline, on a CPU."""
+"""The whole way of an AWM model in a minute or two: train, save, load, look inside. Offline, on a CPU."""
 from pathlib import Path
 from typing import Tuple
 

@@ -10,7 +10,7 @@ HELP = 'train, save, load and look into a small AWM model'
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         'Trains a small AWM network on handwritten digits with alternating phases, saves it, loads it back and draws '
-        'its mixing weights. Offline, about a minute on two cores.')
+        'its mixing weights. Offline, one to two minutes on two cores.')
     parser.epilog = 'Example: timm-awm demo --output my-demo --epochs 24'
     parser.add_argument('--output', type=Path, default=Path('timm-awm-demo'), help='new folder (%(default)s)')
     parser.add_argument('--epochs', type=positive_int, default=12, help='passes over the data (%(default)s)')
