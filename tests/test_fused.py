@@ -82,16 +82,20 @@ def test_inference(name, layout):
     assert 0 < difference(plain, fused) < 1e-12 and torch.equal(x, kept)
 
 
-@pytest.mark.parametrize('dtype, bound', [(torch.float32, 1e-3), (torch.bfloat16, 0.1)])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize('name', ['awm_resnet14_cifar', 'awm_densenet22_cifar'])
-def test_lower_precision_differs_by_its_rounding(name, dtype, bound):
-    """Both ways are as far from float64, within a factor."""
+def test_lower_precision_differs_by_its_rounding(name, dtype):
+    """Both ways are as far from float64, within a factor, in the best of eight batches: in any one, rounding may carry
+    the input of a ReLU over zero, and its gradient with it."""
     model = network(name)
-    x = images(16)
-    set_fused_merge(False)
-    exact = train_step(x.double())(copy.deepcopy(model).double())
-    plain, fused = both(model, train_step(x, autocast=dtype if dtype == torch.bfloat16 else None))
-    assert difference(exact, fused) < max(bound, 3 * difference(exact, plain))
+    plain_and_fused = []
+    for x in images(16).split(2):
+        set_fused_merge(False)
+        exact = train_step(x.double())(copy.deepcopy(model).double())
+        results = both(model, train_step(x, autocast=dtype if dtype == torch.bfloat16 else None))
+        plain_and_fused.append([difference(exact, result) for result in results])
+    plain, fused = map(min, zip(*plain_and_fused))
+    assert fused < 3 * plain
 
 
 @both_modes
