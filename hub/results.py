@@ -144,8 +144,9 @@ def row(folder: Path) -> Dict[str, Any]:
         'backbone_passes': passes - phases.count('merge'),
         'merge_passes': passes - phases.count('backbone'),
         'seed': args['seed'],
-        'held_out_top1': evaluated[passes - 1],
-        'best_held_out_top1': evaluated[best],
+        'eval_split': args['val_split'],
+        'eval_top1': evaluated[passes - 1],
+        'best_eval_top1': evaluated[best],
         'best_epoch': best,
         'minutes': record['minutes'],
         'commit': record['commit'],
@@ -176,6 +177,7 @@ def table(rows: List[Dict[str, Any]]) -> str:
     ]
     for _, runs in sorted(groups.items()):
         first, errors = runs[0], [r['top1_err'] for r in runs]
+        held_out = [100 - r['eval_top1'] for r in runs if r['eval_split'] != 'test']  # none in the paper's own runs
         plain = [r['top1_err'] for r in rows if r['setting'] == 'plain' and all(
             r[name] == first[name] for name in ('data', 'model', 'passes'))]
         difference = ''
@@ -189,7 +191,7 @@ def table(rows: List[Dict[str, Any]]) -> str:
             (first['setting'], first['passes']))
         cells = (
             first['data'], f'`{first["model"]}`', first['passes'], first['backbone_passes'], first['setting'],
-            len(runs), mean_and_spread([100 - r['held_out_top1'] for r in runs]), mean_and_spread(errors), difference,
+            len(runs), mean_and_spread(held_out), mean_and_spread(errors), difference,
             round(statistics.mean(r['minutes'] for r in runs)), '' if paper is None else of_paper[paper])
         lines.append(f'| {" | ".join(map(str, cells))} |')
     return '\n'.join(lines)
@@ -197,7 +199,7 @@ def table(rows: List[Dict[str, Any]]) -> str:
 
 def mean_and_spread(values: List[float]) -> str:
     spread = f' ± {statistics.stdev(values):.2f}' if len(values) > 1 else ''
-    return f'{statistics.mean(values):.2f}{spread}'
+    return f'{statistics.mean(values):.2f}{spread}' if values else ''
 
 
 def text(rows: List[Dict[str, Any]]) -> str:
