@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import pytest
 import timm
 import torch
@@ -578,6 +579,16 @@ def test_label_names_given_or_unknown(run, tmp_path, capsys):
     (tmp_path / 'names.txt').write_text('a\nb\nc\n')
     assert main(['export', str(run), str(tmp_path / 'out'), '--label-names', str(tmp_path / 'names.txt')]) == 0
     assert json.loads((tmp_path / 'out' / 'config.json').read_text())['label_names'] == ['a', 'b', 'c']
+
+
+def test_label_names_of_parquet_files(run, tmp_path):
+    names = ['tulip', 'rose', 'daisy']
+    features = datasets.Features(image=datasets.Image(), kind=datasets.ClassLabel(names=names))
+    data = datasets.Dataset.from_dict(dict(image=[Image.new('RGB', (2, 2))], kind=[0]), features)
+    data.to_parquet(tmp_path / 'data' / 'train-00000-of-00001.parquet')
+    change(run, dataset=f'hfds/{tmp_path}/data', target_key='kind')
+    export_run(run, tmp_path / 'out')
+    assert json.loads((tmp_path / 'out' / 'config.json').read_text())['label_names'] == names
 
 
 @pytest.mark.parametrize('break_it, said', [

@@ -104,7 +104,9 @@ class TrainingRun:
             scheme, _, name = str(self.args.get('dataset') or '').partition('/')
             if scheme == 'hfds':  # timm's reader would fetch the data too
                 import datasets
-                features = datasets.load_dataset_builder(name).info.features
+                builder = datasets.load_dataset_builder(name)
+                # files on disk that were not read before tell in their schema
+                features = builder.info.features or next(iter(builder.as_streaming_dataset().values())).features
                 index = {label: i for i, label in enumerate(features[self.args['target_key']].names)}
             else:
                 index = create_dataset(
