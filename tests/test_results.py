@@ -2,6 +2,7 @@
 import csv
 import json
 import os
+import re
 import runpy
 from pathlib import Path
 
@@ -27,6 +28,20 @@ def test_csv_and_table_are_those_of_the_runs():
     rows = RESULTS['rows']()
     assert (HUB / 'results' / 'results.csv').read_text() == RESULTS['text'](rows)
     assert RESULTS['table'](rows) in (HUB / 'README.md').read_text()
+
+
+def test_tables_elsewhere_have_the_same_numbers():
+    readme, speed = ((HUB.parent / name).read_text() for name in ('README.md', 'docs/speed.md'))
+    results, of_speed = readme.partition('## Results')[2].split('## Speed')
+    numbers = re.findall(r'[-+]?\d+\.\d\d(?: ± [\d.]+| \([^)]+\))?', results)
+    assert len(numbers) > 10 and not [n for n in numbers if f' {n} ' not in RESULTS['table'](RESULTS['rows']())]
+    measured = {}
+    for line in csv.DictReader((HUB / 'benchmark-cpu-float32.csv').open()):
+        measured.setdefault(line['model'], []).append((float(line['ratio']), float(line['ratio_iqr'])))
+    for name in ('awm_resnet20_cifar', 'awm_resnet50', 'awm_densenet22_cifar', 'awm_densenet121'):
+        assert len(measured[name]) == 3  # both phases and inference
+        assert f'| {" | ".join(f"{ratio:.2f}" for ratio, _ in measured[name])} |\n' in of_speed
+        assert f'| {" | ".join(f"{ratio:.2f} ({iqr:.2f})" for ratio, iqr in measured[name])} |' in speed
 
 
 def test_a_line_is_what_train_py_and_validate_py_left():
