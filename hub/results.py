@@ -48,7 +48,7 @@ def run(name: str, flags: List[str]) -> None:
     folder = OUTPUT / name
     awm = [sys.executable, '-m', 'timm_awm']
     commit = git('rev-parse', '--short', 'HEAD')
-    if git('status', '--porcelain', '--', 'timm_awm', 'recipes'):  # results of other runs change nothing
+    if git('status', '--porcelain', '--', 'timm_awm*', 'recipes'):  # results of other runs change nothing
         commit += '-dirty'
     origin = folder / 'origin.json'
     before = json.loads(origin.read_text(encoding='utf-8'))['minutes'] if origin.is_file() else 0

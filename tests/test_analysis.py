@@ -463,9 +463,10 @@ def test_models_at_the_identity_start(world, tmp_path, capsys):
     assert main(['analyze', RESNET, '--checkpoint', str(tmp_path / 'start.pth'), '--data-dir', str(world / 'data'),
                      '--output', str(tmp_path / 'out')]) == 1
     assert 'every merge is at the identity start' in capsys.readouterr().err
-    (tmp_path / 'broken.pth').write_text('no checkpoint')
-    assert main(['analyze', RESNET, '--checkpoint', str(tmp_path / 'broken.pth'), '--output', 'out']) == 1
-    assert f'{RESNET}: ' in capsys.readouterr().err
+    for name in ('broken.pth', 'broken.safetensors'):
+        (tmp_path / name).write_text('no checkpoint')
+        assert main(['analyze', RESNET, '--checkpoint', str(tmp_path / name), '--output', 'out']) == 1
+        assert f'{RESNET}: ' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize('args, message', [

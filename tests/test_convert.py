@@ -230,3 +230,5 @@ def test_awm_converted_is_its_base_with_merges():
     for base in ('awm_resnet50', 'no_such_model'):
         with pytest.raises(ValueError, match=f"plain ResNet or DenseNet of timm, not '{base}'"):
             timm.create_model('awm_converted', base=base)
+    with pytest.raises(TypeError, match='This ConvNeXt is no ResNet or DenseNet of timm'):
+        timm.create_model('awm_converted', base='convnext_atto')

@@ -581,6 +581,25 @@ def test_label_names_given_or_unknown(run, tmp_path, capsys):
     assert json.loads((tmp_path / 'out' / 'config.json').read_text())['label_names'] == ['a', 'b', 'c']
 
 
+def test_export_of_a_grey_run(run, tmp_path):
+    """Normalised as timm's loader does it: by the mean of what is stated for the colours."""
+    change(run, in_chans=1, mean=None, std=None)
+    model = create(MODEL, away=True, num_classes=3, awm_hidden=5, global_pool='max', in_chans=1)
+    torch.save(dict(epoch=2, state_dict=model.state_dict()), run / 'last.pth.tar')
+    export_run(run, tmp_path / 'out')
+    data = timm.data.resolve_data_config({}, model=load_folder(tmp_path / 'out'))
+    pixels = timm.data.create_transform(**data)(Image.new('L', (40, 40), 51))
+    mean, std = (sum(model.pretrained_cfg[name]) / 3 for name in ('mean', 'std'))
+    torch.testing.assert_close(pixels, torch.full((1, 40, 40), (0.2 - mean) / std))
+
+
+def test_label_names_of_torchvisions_data(run, tmp_path):
+    change(run, dataset='torch/image_folder')
+    export_run(run, tmp_path / 'out')
+    names = json.loads((tmp_path / 'out' / 'config.json').read_text())['label_names']
+    assert names == ['daisy', 'rose', 'tulip']
+
+
 def test_label_names_of_parquet_files(run, tmp_path):
     names = ['tulip', 'rose', 'daisy']
     features = datasets.Features(image=datasets.Image(), kind=datasets.ClassLabel(names=names))

@@ -14,7 +14,7 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 from sklearn.datasets import load_digits, load_sample_images
-from timm.data import create_transform, resolve_data_config
+from timm.data import create_transform, resolve_input_data_config
 from torch import Tensor
 
 from .analysis.profile import depth_figure, label_merges, plot_paths, short_name
@@ -119,7 +119,7 @@ class Explored:
         config: Any = self.model.pretrained_cfg
         names = list(config.get('label_names') or range(self.model.num_classes))
         self.classes = [str(name) if names.count(name) == 1 else f'{name} ({i})' for i, name in enumerate(names)]
-        data = resolve_data_config({}, model=self.model)
+        data = resolve_input_data_config(self.model)
         self.transform = create_transform(**data)
         channels = data['input_size'][0]
         if not self.classes or channels not in (1, 3):
@@ -225,7 +225,7 @@ def make_page(models: Sequence[Explored], examples: Sequence[str] = ()) -> gr.Bl
                 _effect(model.classes, plain, seen), model.draw(seen)]
         return results
 
-    with gr.Blocks(title='timm-awm explore', analytics_enabled=False, delete_cache=(60, 600)) as page:
+    with gr.Blocks(title='timm-awm explore', delete_cache=(60, 600)) as page:
         gr.Markdown(
             '# Which paths does the network take?\n'
             'A merge weighs its paths for each picture anew: in a ResNet the convolutions F(x) by λ1, and the shortcut '

@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     data.add_argument('-j', '--workers', type=int, default=4, metavar='N', help='processes that load (%(default)s)')
     parser.add_argument(
         '--ablation', action=argparse.BooleanOptionalAction, default=True,
-        help='set back each merge in turn, and all: as many passes as merges, and two more (yes)')
+        help='set back each merge in turn, and all: as many passes as merges, and three more (yes)')
     parser.add_argument('--device', help='(an accelerator if there is one, else cpu)')
     parser.add_argument(
         '--output', type=Path, default=Path('timm-awm-analysis'), metavar='FOLDER', help='new folder (%(default)s)')

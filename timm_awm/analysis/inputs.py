@@ -1,5 +1,4 @@
 """The models and the data of an analysis, made by timm. Arguments are those of `timm-awm analyze`."""
-import pickle
 from argparse import Namespace
 from functools import partial
 from pathlib import Path
@@ -8,7 +7,8 @@ from typing import Iterator, Optional, Tuple
 import numpy as np
 import timm
 import torch
-from timm.data import create_dataset, create_transform, resolve_data_config
+from safetensors import SafetensorError
+from timm.data import create_dataset, create_transform, resolve_input_data_config
 from timm.models import load_checkpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, Subset
@@ -40,7 +40,7 @@ def create_model(args: Namespace, name: str, checkpoint: Optional[str] = None) -
         else:
             hint = ' For trained weights of your own: --checkpoint FILE.'
             model = create(pretrained=True)
-    except (AssertionError, EOFError, KeyError, RuntimeError, TypeError, ValueError, pickle.UnpicklingError) as error:
+    except (AssertionError, EOFError, KeyError, RuntimeError, SafetensorError, TypeError, ValueError) as error:
         raise ValueError(f'{name}: {error}{hint}') from error
     if not any(module.weight2.any() for module in model.modules() if isinstance(module, MixingWeights)):
         raise ValueError(
@@ -66,7 +66,7 @@ class ImageData:
     def __init__(self, args: Namespace, model: nn.Module, split: str, title: str, batch_size: int = 0) -> None:
         self.title = title
         self.num_classes = model.num_classes
-        self.config = resolve_data_config({}, model=model)
+        self.config = resolve_input_data_config(model)
         try:
             dataset = create_dataset(
                 args.dataset,

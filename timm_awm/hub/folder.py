@@ -73,20 +73,16 @@ def write_model(
         raise ValueError(f'There are {len(label_names)} label names for {model.num_classes} classes.')
     # a copy, for safetensors takes no channels-last tensors
     model = deepcopy(model).cpu().eval().to(memory_format=torch.contiguous_format)
-    save_for_hf(model, str(folder), model_args=dict(model_args or {}), safe_serialization=True)
+    names = dict(label_names=label_names and list(label_names))
+    save_for_hf(model, str(folder), names, model_args=dict(model_args or {}), safe_serialization=True)
     config = json.loads((folder / CONFIG).read_text(encoding='utf-8'))
     config.get('model_args', {}).pop('num_classes', None)  # at the top already; transformers refuses it twice
     cfg = {k: v for k, v in config['pretrained_cfg'].items() if k in KEPT}
-    chans = cfg['input_size'][0]
-    if len(cfg['mean']) != chans:
-        cfg.update({name: [sum(cfg[name]) / len(cfg[name])] * chans for name in ('mean', 'std')})
     config['pretrained_cfg'] = {
         **cfg,
         'description': f'{config["architecture"]}. {NEEDS}',
         **(pretrained_cfg or {}),
     }
-    if label_names is not None:
-        config['label_names'] = list(label_names)
     (folder / CONFIG).write_text(json.dumps(config, indent=2), encoding='utf-8')
     advice = 'Was it changed after it was created? Then give what is missing as model_args.'
     try:

@@ -1,8 +1,6 @@
 """What timm's train.py leaves of a run, and the Hub folder that is written from it."""
-import argparse
 import csv
 import json
-import pickle
 import re
 import shutil
 import zipfile
@@ -12,10 +10,10 @@ from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
 import timm
-import torch
 import yaml
-from timm.data import create_dataset, resolve_data_config
+from timm.data import create_dataset, resolve_input_data_config
 from timm.models import clean_state_dict
+from timm.utils import load_checkpoint_metadata
 
 from ..utils import new_folder
 from .card import Measured, Training, write_card
@@ -109,12 +107,13 @@ class TrainingRun:
                 features = builder.info.features or next(iter(builder.as_streaming_dataset().values())).features
                 index = {label: i for i, label in enumerate(features[self.args['target_key']].names)}
             else:
-                index = create_dataset(
+                dataset: Any = create_dataset(
                     self.args.get('dataset') or '',
                     root=self.args.get('data_dir') or self.args.get('data'),
                     split=self.args.get('val_split') or 'validation',
                     class_map=self.args.get('class_map') or '',
-                ).reader.class_to_idx
+                )
+                index = getattr(dataset, 'reader', dataset).class_to_idx  # torchvision's have no reader
             if sorted(index.values()) != list(range(num_classes)):
                 raise ValueError(f'it does not have {num_classes} classes')
         except Exception as error:  # readers of data that may be gone raise anything
@@ -172,7 +171,7 @@ def export_run(
         license = start.get('license') if start else 'apache-2.0'
     data, found_id = data_name(args)
     cfg = dict(
-        resolve_data_config(args, model=model),
+        resolve_input_data_config(model, args),
         paper_ids='arXiv:1811.06878',
         description=f'{model.pretrained_cfg["architecture"]} trained on {data}. {NEEDS}',
     )
@@ -224,11 +223,10 @@ def _is_whole(path: Path) -> bool:
 def _read_checkpoint(path: Path, use_ema: bool) -> Tuple[int, Dict[str, Any], bool]:
     """Epoch and weights of a checkpoint of train.py, and whether they are the averaged ones."""
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # train.py puts its arguments in
-            saved = torch.load(path, map_location='cpu', weights_only=True)
+        saved = load_checkpoint_metadata(path)
         is_ema = use_ema and saved.get('state_dict_ema') is not None
         return saved['epoch'], clean_state_dict(saved['state_dict_ema' if is_ema else 'state_dict']), is_ema
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, AttributeError) as error:
+    except (RuntimeError, EOFError, KeyError, AttributeError) as error:
         raise ValueError(f'{path} is damaged, or no checkpoint of train.py: {error}') from error
 
 

@@ -46,8 +46,7 @@ class AwmModel(nn.Module):
 
     def __init__(self, *args: Any, awm_hidden: Optional[int] = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        _insert_merges(self, awm_hidden)
-        _live.add(self)
+        add_merges(self, awm_hidden)
 
     def __setstate__(self, state: Dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -65,10 +64,23 @@ class AwmModel(nn.Module):
             raise RuntimeError(checkpoint_problem(self, state_dict) or str(error)) from error
 
 
-def _insert_merges(model: nn.Module, hidden_features: Optional[int]) -> None:
-    """Blocks change class and keep all else: parameters and their names, hooks, mode. The network has drawn its random
-    numbers before its merges do, and so the same ones as the plain network."""
-    hidden = {} if hidden_features is None else dict(hidden_features=hidden_features)
+def add_merges(model: nn.Module, awm_hidden: Optional[int] = None) -> nn.Module:
+    """Gives a plain network merges, in place, and returns it.
+
+    Blocks change class and keep all else: parameters and their names, hooks, mode. The network has drawn its random
+    numbers before its merges do, and so the same ones as the plain network.
+
+    Args:
+        model: Of a class in AWM_CLASSES.
+        awm_hidden: Width e of the merges' hidden layers; that of the paper and its authors if not given.
+
+    Raises:
+        TypeError: It is of another class.
+    """
+    model_class = type(model) if isinstance(model, AwmModel) else AWM_CLASSES.get(type(model))
+    if model_class is None:
+        raise TypeError(f"This {type(model).__name__} is no ResNet or DenseNet of timm: there is no merge for it.")
+    hidden = {} if awm_hidden is None else dict(hidden_features=awm_hidden)
     for block in list(model.modules()):
         if type(block) in AWM_BLOCKS:
             awm_class: Any = AWM_BLOCKS[type(block)]
@@ -76,17 +88,7 @@ def _insert_merges(model: nn.Module, hidden_features: Optional[int]) -> None:
             block.__class__ = awm_class
             for owner, merge in merges:
                 owner.add_module('merge', merge.train(block.training))
-
-
-def add_merges(model: nn.Module, awm_hidden: Optional[int] = None) -> nn.Module:
-    """Gives a plain network merges, in place, and returns it.
-
-    Args:
-        model: Of a class in AWM_CLASSES.
-        awm_hidden: Width e of the merges' hidden layers; that of the paper and its authors if not given.
-    """
-    _insert_merges(model, awm_hidden)
-    model.__class__ = AWM_CLASSES[type(model)]
+    model.__class__ = model_class
     _live.add(model)  # type: ignore[arg-type]
     return model
 
