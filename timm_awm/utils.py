@@ -17,8 +17,8 @@ def find_device(name: Optional[str]) -> torch.device:
         ValueError: It cannot be used.
     """
     if name is None:
-        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        name = 'cpu' if accelerator is None else accelerator.type
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        name = accelerator.type if accelerator else 'cpu'
     try:
         return torch.empty(0, device=name).device
     except (AssertionError, RuntimeError) as error:

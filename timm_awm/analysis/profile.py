@@ -2,7 +2,6 @@
 from typing import Any, Dict, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
-import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, ScalarFormatter
@@ -80,8 +79,7 @@ def plot_profile(lambdas: Dict[str, Tensor], ax: Axes, label: str = 'mean ± one
         ax: Where to draw; call again to draw another model into the same axes.
         label: Names the model in the legend.
     """
-    branch = torch.stack([value[:, 0] for value in lambdas.values()], dim=1)
-    mean, std = branch.mean(0), branch.std(0, correction=0)
+    mean, std = np.array([(found.mean[0], found.std[0]) for found in profile(lambdas).values()]).T
     merges = range(1, len(lambdas) + 1)
     line, = ax.plot(merges, mean, marker='o', label=label)
     ax.fill_between(merges, mean - std, mean + std, color=line.get_color(), alpha=0.2)

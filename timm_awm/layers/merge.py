@@ -63,7 +63,6 @@ class ConcatMerge(nn.Module):
             self, channels: Sequence[int], hidden_features: int = 24, device: Any = None, dtype: Any = None) -> None:
         super().__init__()
         self.mix = MixingWeights(sum(channels), len(channels), hidden_features, device=device, dtype=dtype)
-        self.num_paths = len(channels)
 
     def forward(self, maps: List[Tensor]) -> Tensor:
         """
@@ -76,8 +75,8 @@ class ConcatMerge(nn.Module):
         Raises:
             ValueError: The number of maps is not that of the weights.
         """
-        if len(maps) != self.num_paths:
-            raise ValueError(f'Got {len(maps)} maps for a merge of {self.num_paths} paths.')
+        if len(maps) != self.mix.num_paths:
+            raise ValueError(f'Got {len(maps)} maps for a merge of {self.mix.num_paths} paths.')
         if not torch.jit.is_scripting():
             fused = fused_concat(self, maps)
             if fused is not None:

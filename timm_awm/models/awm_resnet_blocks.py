@@ -12,17 +12,19 @@ from ..layers import SumMerge, fused_sum
 from .builder import AWM_BLOCKS
 
 
-def make_merges(block: nn.Module, **kwargs: Any) -> List[Tuple[nn.Module, nn.Module]]:
-    """What gets which merge."""
-    last: Any = block.conv3 if hasattr(block, 'conv3') else block.conv2
-    weight = next(last.parameters())
-    return [(block, SumMerge(last.out_channels, device=weight.device, dtype=weight.dtype, **kwargs))]
+class SumBlock:
+    """Mixin of the blocks that end in a sum."""
+
+    @staticmethod
+    def make_merges(block: nn.Module, **kwargs: Any) -> List[Tuple[nn.Module, nn.Module]]:
+        """What gets which merge."""
+        last: Any = block.conv3 if hasattr(block, 'conv3') else block.conv2
+        weight = next(last.parameters())
+        return [(block, SumMerge(last.out_channels, device=weight.device, dtype=weight.dtype, **kwargs))]
 
 
-class AwmBasicBlock(BasicBlock):
+class AwmBasicBlock(SumBlock, BasicBlock):
     """timm's BasicBlock with a merge."""
-
-    make_merges = staticmethod(make_merges)
 
     def forward(self, x: Tensor) -> Tensor:
         shortcut = x
@@ -50,10 +52,8 @@ class AwmBasicBlock(BasicBlock):
         return self.act2(self.merge(x, shortcut))
 
 
-class AwmBottleneck(Bottleneck):
+class AwmBottleneck(SumBlock, Bottleneck):
     """timm's Bottleneck with a merge."""
-
-    make_merges = staticmethod(make_merges)
 
     def forward(self, x: Tensor) -> Tensor:
         shortcut = x
@@ -85,10 +85,8 @@ class AwmBottleneck(Bottleneck):
         return self.act3(self.merge(x, shortcut))
 
 
-class AwmBottle2neck(Bottle2neck):
+class AwmBottle2neck(SumBlock, Bottle2neck):
     """Res2Net's block with a merge."""
-
-    make_merges = staticmethod(make_merges)
 
     def forward(self, x: Tensor) -> Tensor:
         shortcut = x
@@ -122,10 +120,8 @@ class AwmBottle2neck(Bottle2neck):
         return self.relu(self.merge(x, shortcut))
 
 
-class AwmResNestBottleneck(ResNestBottleneck):
+class AwmResNestBottleneck(SumBlock, ResNestBottleneck):
     """ResNeSt's block with a merge."""
-
-    make_merges = staticmethod(make_merges)
 
     def forward(self, x: Tensor) -> Tensor:
         shortcut = x
@@ -152,10 +148,8 @@ class AwmResNestBottleneck(ResNestBottleneck):
         return self.act3(self.merge(out, shortcut))
 
 
-class AwmSelectiveKernelBasic(SelectiveKernelBasic):
+class AwmSelectiveKernelBasic(SumBlock, SelectiveKernelBasic):
     """The basic block of selective kernel networks with a merge."""
-
-    make_merges = staticmethod(make_merges)
 
     def forward(self, x: Tensor) -> Tensor:
         shortcut = x
@@ -170,10 +164,8 @@ class AwmSelectiveKernelBasic(SelectiveKernelBasic):
         return self.act(self.merge(x, shortcut))
 
 
-class AwmSelectiveKernelBottleneck(SelectiveKernelBottleneck):
+class AwmSelectiveKernelBottleneck(SumBlock, SelectiveKernelBottleneck):
     """The bottleneck block of selective kernel networks with a merge."""
-
-    make_merges = staticmethod(make_merges)
 
     def forward(self, x: Tensor) -> Tensor:
         shortcut = x

@@ -6,8 +6,7 @@ they are the same in every run.
 A program computes a block of channels of one image, in tiles of pixels × channels. The strides say which of the two is
 contiguous, and Triton lays the threads out along it.
 """
-from contextlib import nullcontext
-from typing import Any, ContextManager, Dict, List, Tuple
+from typing import Any, Dict, List, Tuple
 
 import torch
 import triton
@@ -150,33 +149,20 @@ _TILE = 2048  # elements: sixteen for each thread of four warps
 _CONTIGUOUS = 128  # elements of a tile along the contiguous axis, 256 or 512 bytes; the rest goes along the other
 
 
-def _block(size: int, limit: int) -> int:
-    """The smallest power of two that covers size, or the limit. Compares only: sizes may be symbolic."""
-    block = 1
-    while block < limit and block < size:
-        block *= 2
-    return block
-
-
 def _plan(x: Tensor) -> Tuple[Tuple[int], Dict[str, Any]]:
     """The grid for maps like x, and what the kernels are told about the maps."""
     images, channels, height, width = x.shape
     pixels = height * width
     if x.is_contiguous():
-        block_p = _block(pixels, _CONTIGUOUS)
-        block_c = _block(channels, _TILE // block_p)
+        block_p = min(triton.next_power_of_2(pixels), _CONTIGUOUS)
+        block_c = min(triton.next_power_of_2(channels), _TILE // block_p)
         strides = dict(stride_c=pixels, stride_p=1)
     else:
-        block_c = _block(channels, _CONTIGUOUS)
-        block_p = _block(pixels, _TILE // block_c)
+        block_c = min(triton.next_power_of_2(channels), _CONTIGUOUS)
+        block_p = min(triton.next_power_of_2(pixels), _TILE // block_c)
         strides = dict(stride_c=1, stride_p=channels)
     return (images * triton.cdiv(channels, block_c),), dict(
         channels=channels, pixels=pixels, **strides, BLOCK_C=block_c, BLOCK_P=block_p)
-
-
-def _device(x: Tensor) -> ContextManager:
-    """Triton launches on the current device."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
 def merge(u: Tensor, v: Any, *args: Any, overwrite: bool = False) -> List[Tensor]:
@@ -184,7 +170,7 @@ def merge(u: Tensor, v: Any, *args: Any, overwrite: bool = False) -> List[Tensor
     y, saved, _ = empty_results(u, overwrite)
     a, b, c, mean, var, other = saved
     grid, plan = _plan(u)
-    with _device(u):
+    with torch.cuda.device_of(u):  # Triton launches on the current device
         _moments_kernel[grid](u, mean, var, **plan)
         if v is not None:
             _moments_kernel[grid](v, other, torch.empty_like(var), **plan)
@@ -204,7 +190,7 @@ def merge_backward(grad: Tensor, saved: Tensor, u: Tensor, v: Any, *args: Any) -
     plan.update(HAS_V=v is not None, RELU=relu)
     sums = torch.empty_like(saved[:3])
     grad_maps = [torch.empty_like(u) for x in (u, v) if x is not None]
-    with _device(u):
+    with torch.cuda.device_of(u):
         _affine_act_sums_kernel[grid](*maps, *sums, **plan)
         leaves: List[Any] = [
             x if x is None else x.detach().requires_grad_()
