@@ -91,8 +91,9 @@ class HubServer:
         self.altered: Dict[str, bytes] = {}  # what is sent in place of a content, by the content's SHA-256
         self.lock = threading.Lock()
         # The CDN needs a host of its own: the client looks for X-Repo-Commit behind a redirect within the Hub.
-        self._servers = [ThreadingHTTPServer((host, 0), _Handler) for host in ('127.0.0.1', '127.0.0.2')]
-        self.endpoint, self.cdn = ('http://{}:{}'.format(*server.server_address) for server in self._servers)
+        self._servers = [ThreadingHTTPServer(('127.0.0.1', 0), _Handler) for _ in range(2)]
+        self.endpoint, self.cdn = (
+            f'http://{host}:{server.server_port}' for host, server in zip(('127.0.0.1', 'localhost'), self._servers))
 
     def __enter__(self) -> 'HubServer':
         for server in self._servers:
@@ -113,7 +114,7 @@ class HubServer:
     def client_env(self, home: Path) -> Dict[str, str]:
         """The environment for a client whose HF_HOME is `home`."""
         env = {k: v for k, v in os.environ.items() if not k.startswith(('HF_', 'HUGGING'))}
-        env.update({k: '127.0.0.1,127.0.0.2' for k in ('NO_PROXY', 'no_proxy')})
+        env.update({k: '127.0.0.1,localhost' for k in ('NO_PROXY', 'no_proxy')})
         env.update(HF_ENDPOINT=self.endpoint, HF_HOME=str(home), HF_HUB_DISABLE_TELEMETRY='1')
         env['HF_HUB_DISABLE_XET'] = '1'  # with hf-xet, nothing would be uploaded as LFS
         return env

@@ -17,7 +17,6 @@ from timm_awm.layers import (
     SumMerge,
     merge_parameters,
     record_mixing_weights,
-    set_fused_merge,
 )
 from timm_awm.layers.mixing import channel_mean, scaled_mixing_weights
 
@@ -115,10 +114,9 @@ def test_weights_are_float32_under_autocast(dtype, scripted):
     torch.testing.assert_close(scales, mix(z), rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize('fused', [True, False])
-def test_low_precision_maps_are_rounded_once(fused):
+def test_low_precision_maps_are_rounded_once():
+    """By the plain formula: a merge whose λ are recorded is not fused."""
     torch.manual_seed(0)
-    set_fused_merge(fused)
     branch, x = torch.randn(2, 4, 8, 5, 5).bfloat16()
     merge, concat = trained(SumMerge(8)), trained(ConcatMerge([8, 8]))
     for m, weigh in ((merge, lambda a, b: a * branch.float() + b * x.float()),
@@ -128,15 +126,6 @@ def test_low_precision_maps_are_rounded_once(fused):
         a, b = (2 * lambdas['mix']).view(4, 2, 1, 1, 1).unbind(1)
         exact = weigh(a, b)
         assert ((out.float() - exact).abs() <= 2 ** -8 * exact.abs() + 1e-7).all()  # half a unit in the last place
-
-
-def test_gradients():
-    torch.manual_seed(0)
-    total = trained(SumMerge(3, 4, dtype=torch.float64))
-    concat = trained(ConcatMerge([3, 2], 4, dtype=torch.float64))
-    x = [torch.randn(2, c, 3, 3, dtype=torch.float64, requires_grad=True) for c in (3, 3, 2)]
-    assert torch.autograd.gradcheck(total, x[:2])
-    assert torch.autograd.gradcheck(lambda *maps: concat(list(maps)), x[1:])
 
 
 @pytest.mark.parametrize('channels', [[4, 4, 4, 4], [8]])

@@ -9,7 +9,7 @@ import torch.nn as nn
 from networks import SMALL, create, images, merges
 from safetensors.torch import save_file
 from timm.layers import BlurPool2d, set_reentrant_ckpt
-from timm.models import BasicBlock, Bottleneck, DenseNet, ResNet
+from timm.models import BasicBlock
 from timm.models.densenet import DenseBlock, DenseLayer
 from timm.optim import create_optimizer_v2
 from torch.fx.experimental.optimization import optimize_for_inference
@@ -145,8 +145,6 @@ def test_cifar_features(name, awm):
 @pytest.mark.parametrize('name', ['awm_resnet14_cifar', 'awm_densenet22_cifar', 'awm_resnet18', 'awm_densenet121'])
 @pytest.mark.parametrize('feature_cls', ['getter', 'list'])
 def test_features_agree_with_forward_features(name, feature_cls):
-    if feature_cls == 'getter' and not hasattr(create(name), 'forward_intermediates'):
-        pytest.skip(f"timm {timm.__version__}'s own DenseNet has no forward_intermediates")
     model = create(name, away=True).eval()
     features = timm.create_model(name, features_only=True, feature_cls=feature_cls).eval()
     prefix = 'model.' if feature_cls == 'getter' else ''
@@ -214,14 +212,11 @@ def test_awm_that_only_looks_like_a_bool_is_refused(name):
 
 
 def test_control_is_of_timms_own_blocks():
-    assert type(create('awm_resnet18', awm=False)) is ResNet
-    assert type(create('awm_densenet121', awm=False)) is DenseNet
     cifar = create('awm_resnet14_cifar', awm=False)
     assert type(cifar) is CifarResNet and {type(m) for m in cifar.layer1} == {BasicBlock}
     cifar = create('awm_densenet22_cifar', awm=False)
     assert type(cifar) is CifarDenseNet and type(cifar.features.denseblock1) is DenseBlock
     assert {type(m) for m in cifar.features.denseblock1.values()} == {DenseLayer}
-    assert {type(m) for m in create('awm_resnet26', awm=False).layer1} == {Bottleneck}
 
 
 @pytest.mark.parametrize('awm', [True, False])
@@ -284,7 +279,7 @@ def test_symbolic_trace(name):
     x = images(batch=3)
     with torch.no_grad():
         for other in traced, rewritten, torch.fx.symbolic_trace(rewritten), optimize_for_inference(model):
-            torch.testing.assert_close(other(x), model(x))
+            torch.testing.assert_close(other(x), model(x), rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(copy.deepcopy(traced).double()(x.double()), model.double()(x.double()))
 
 
@@ -419,6 +414,7 @@ def test_checkpoints_that_do_not_fit():
     assert torch.equal(model(images()), other(images()))
 
 
+@pytest.mark.usefixtures('unfused')
 def test_plain_checkpoint_starts_awm_at_the_identity(tmp_path):
     plain = create('awm_resnet14_cifar', awm=False, seed=1).eval()
     save_file(plain.state_dict(), tmp_path / 'plain.safetensors')
@@ -430,6 +426,7 @@ def test_plain_checkpoint_starts_awm_at_the_identity(tmp_path):
     assert torch.equal(fewer.forward_features(x), plain.forward_features(x))
 
 
+@pytest.mark.usefixtures('unfused')
 @pytest.mark.parametrize('awm', [True, False])
 def test_torchvisions_densenet_checkpoint_loads(awm, tmp_path):
     plain = timm.create_model('densenet121').eval()
