@@ -437,6 +437,11 @@ def test_a_published_model_on_images_without_classes(world, tmp_path):
     reference = (tmp_path / 'gray.t3' / 'lambda.json').read_text()  # for who gets the model
     assert reference == (tmp_path / 'out' / 'gray.t3' / 'lambda.json').read_text()
     assert json.loads(reference)['data'] == 'flat, validation' and list(json.loads(reference)['groups']) == ['all']
+    assert main(['analyze', RESNET, '--checkpoint', str(tmp_path / 'gray.t3' / 'model.safetensors'), '--model-kwargs',
+                     'in_chans=1', '--num-classes', '4', '--data-dir', str(tmp_path / 'flat'), '--device', 'cpu', '-j',
+                     '0', '--output', str(tmp_path / 'of_file')]) == 0
+    of_file, = tmp_path.glob('of_file/*/lambda.json')
+    assert of_file.read_text() == reference
     summary = json.loads((tmp_path / 'out' / 'summary.json').read_text())['models']['gray.t3']
     assert set(summary) == {'images', 'merges', 'lowest', 'highest'} and summary['lowest'][0]['label'] is None
     assert {row['between_class_share'] for row in rows(tmp_path / 'out' / 'profile.csv')} == {''}

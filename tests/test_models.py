@@ -9,13 +9,14 @@ import torch.nn as nn
 from networks import SMALL, create, images, merges
 from safetensors.torch import save_file
 from timm.layers import BlurPool2d, set_reentrant_ckpt
-from timm.models import BasicBlock
+from timm.models import BasicBlock, DenseNet, ResNet
 from timm.models.densenet import DenseBlock, DenseLayer
 from timm.optim import create_optimizer_v2
 from torch.fx.experimental.optimization import optimize_for_inference
 
+from timm_awm import convert
 from timm_awm.layers import ConcatMerge, SumMerge, merge_parameters, record_mixing_weights
-from timm_awm.models import CifarDenseNet, CifarResNet
+from timm_awm.models import AwmDenseNet, AwmResNet, CifarDenseNet, CifarResNet
 
 IMAGENET = [
     'awm_resnet18', 'awm_resnet26', 'awm_resnet34', 'awm_resnet50', 'awm_resnet101', 'awm_resnet152',
@@ -203,6 +204,17 @@ def test_hidden_width_is_an_argument():
     assert merges(create('awm_resnet14_cifar'))[0].mix.weight1.shape[0] == 16
     assert merges(create('awm_densenet22_cifar'))[0].mix.weight1.shape[0] == 24
     assert merges(create('awm_resnet14_cifar', awm_hidden=5))[0].mix.weight1.shape[0] == 5
+
+
+@pytest.mark.parametrize('awm_class, plain_class, args', [
+    (AwmResNet, ResNet, dict(block=BasicBlock, layers=(1, 2, 1, 1))),
+    (AwmDenseNet, DenseNet, dict(block_config=(2, 2))),
+])
+def test_a_class_makes_what_convert_makes(awm_class, plain_class, args):
+    made, converted = (
+        {k: v.shape for k, v in model.state_dict().items()}
+        for model in (awm_class(**args, awm_hidden=5), convert(plain_class(**args), 5)))
+    assert made == converted and any('.merge.' in k for k in made)
 
 
 @pytest.mark.parametrize('name', SMALL)
