@@ -565,6 +565,8 @@ def test_results_of_validate_script(run, tmp_path, capsys):
         out = tmp_path / f'out-{name}'
         assert main(['export', str(run), str(out), '--results', f'test={tmp_path / name}']) == 0
         assert accuracies(out) == [('test', 61.25), ('validation', 60.0)]
+        export_run(run, tmp_path / f'same-{name}', results=dict(validation=tmp_path / name))
+        assert accuracies(tmp_path / f'same-{name}') == [('validation', 61.25)]
     for given, said in ((f'test={run}/summary.csv', 'not what validate.py writes'), ('x.json', 'takes SPLIT=FILE')):
         assert main(['export', str(run), str(tmp_path / 'out'), '--results', given]) == 1
         assert said in capsys.readouterr().err

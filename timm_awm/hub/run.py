@@ -145,7 +145,8 @@ def export_run(
             started from none, no licence if it started from a file.
         label_names: Of the classes, in order; if not given, those of the data set, if it is at hand.
         data_id: The data set's name on the Hub, if args.yaml does not say it.
-        results: For a split, such as 'test', what timm's validate.py measured there with --results-file.
+        results: For a split, such as 'test', what timm's validate.py measured there with --results-file. It stands in
+            place of what train.py measured on this split.
 
     Raises:
         FileExistsError: The folder exists.
@@ -176,12 +177,13 @@ def export_run(
         description=f'{model.pretrained_cfg["architecture"]} trained on {data}. {NEEDS}',
     )
     cfg.update({key: value for key, value in (('tag', tag), ('license', license)) if value})
-    measured = [_measured(split, file) for split, file in (results or {}).items()]
+    results = results or {}
+    measured = [_measured(split, file) for split, file in results.items()]
     # train.py evaluates the averaged weights, unless they are kept on the CPU; other files may be of other epochs
     evaluated_ema = bool(args.get('model_ema')) and not args.get('model_ema_force_cpu')
     of_epoch = path.parent.resolve() == trained.folder.resolve() and not path.name.startswith('recovery')
     row = rows.get(epoch, {})
-    if of_epoch and is_ema == evaluated_ema and row.get('eval_top1'):
+    if of_epoch and is_ema == evaluated_ema and row.get('eval_top1') and args['val_split'] not in results:
         measured.append(Measured(
             args['val_split'], float(row['eval_top1']), float(row['eval_top5']), f'train.py, epoch {epoch}'))
     public_args = {k: v for k, v in without_paths(args).items() if k not in DROPPED}
