@@ -428,8 +428,8 @@ def test_a_published_model_on_images_without_classes(world, tmp_path):
     for i, file in enumerate((world / 'data' / 'train').glob('*/*.png')):
         (tmp_path / 'flat' / f'{i}.png').write_bytes(file.read_bytes())
     source = f'local-dir:{tmp_path / "gray.t3"}'
-    assert main(['analyze', source, source, '--data-dir', str(tmp_path / 'flat'), '--device', 'cpu', '-j', '0',
-                     '--output', str(tmp_path / 'out')]) == 0
+    on_flat = '--data-dir', str(tmp_path / 'flat'), '--device', 'cpu', '-j', '0', '--output'
+    assert main(['analyze', source, source, *on_flat, str(tmp_path / 'out')]) == 0
     assert sorted(path.name for path in (tmp_path / 'out').iterdir()) == [
         'gray.t3', 'gray.t3-2', 'profile.csv', 'profile.png', 'summary.json']
     files = sorted(path.name for path in (tmp_path / 'out' / 'gray.t3').iterdir())
@@ -437,9 +437,9 @@ def test_a_published_model_on_images_without_classes(world, tmp_path):
     reference = (tmp_path / 'gray.t3' / 'lambda.json').read_text()  # for who gets the model
     assert reference == (tmp_path / 'out' / 'gray.t3' / 'lambda.json').read_text()
     assert json.loads(reference)['data'] == 'flat, validation' and list(json.loads(reference)['groups']) == ['all']
-    assert main(['analyze', RESNET, '--checkpoint', str(tmp_path / 'gray.t3' / 'model.safetensors'), '--model-kwargs',
-                     'in_chans=1', '--num-classes', '4', '--data-dir', str(tmp_path / 'flat'), '--device', 'cpu', '-j',
-                     '0', '--output', str(tmp_path / 'of_file')]) == 0
+    weights = '--checkpoint', str(tmp_path / 'gray.t3' / 'model.safetensors')
+    of_model = '--model-kwargs', 'in_chans=1', '--num-classes', '4'
+    assert main(['analyze', RESNET, *weights, *of_model, *on_flat, str(tmp_path / 'of_file')]) == 0
     of_file, = tmp_path.glob('of_file/*/lambda.json')
     assert of_file.read_text() == reference
     summary = json.loads((tmp_path / 'out' / 'summary.json').read_text())['models']['gray.t3']
