@@ -4,6 +4,7 @@ import json
 import os
 import re
 import runpy
+import statistics
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,13 @@ HUB = Path(__file__).parents[1] / 'hub'
 RESULTS = runpy.run_path(str(HUB / 'results.py'))
 FOLDERS = sorted(path.parent for path in HUB.glob('*/config.json'))
 CIFAR = os.environ.get('TIMM_AWM_CIFAR', '')
+
+
+def run_of(folder):
+    """The kept run that a published model is of."""
+    summary = (folder / 'summary.csv').read_bytes()
+    run, = (path.parent for path in HUB.glob('results/*/summary.csv') if path.read_bytes() == summary)
+    return run
 
 
 def test_csv_and_table_are_those_of_the_runs():
@@ -109,15 +117,31 @@ def test_differences_and_their_intervals():
 
 
 @pytest.mark.parametrize('folder', FOLDERS, ids=lambda path: path.name)
+def test_a_card_has_the_means_of_all_runs_of_its_kind(folder):
+    card = ' '.join((folder / 'README.md').read_text().split())
+    rows = RESULTS['rows']()
+    own, = (row for row in rows if row['run'] == run_of(folder).name)
+    alike = [row for row in rows if all(row[key] == own[key] for key in ('data', 'model', 'passes'))]
+    runs, plain = ([row['top1'] for row in alike if row['setting'] == setting] for setting in (own['setting'], 'plain'))
+    numbers = {2: 'two', 3: 'three'}
+    of_runs = ', one run,'
+    if runs[1:]:
+        of_runs = f' of {numbers[len(runs)]} runs with a mean of {statistics.mean(runs):.2f} %'
+    assert f'Seed {own["seed"]}{of_runs}' in card
+    if own['setting'] != 'plain':
+        same_seed, = (row['top1'] for row in alike if (row['setting'], row['seed']) == ('plain', own['seed']))
+        of_plain = f', the mean of {numbers[len(plain)]} runs ({same_seed:.2f} % with this seed' if plain[1:] else ''
+        assert f'has {statistics.mean(plain):.2f} %{of_plain}' in card
+
+
+@pytest.mark.parametrize('folder', FOLDERS, ids=lambda path: path.name)
 @torch.inference_mode()
 def test_a_published_model_has_the_accuracy_of_its_card(folder):
     model = load_folder(folder).eval()
     assert folder.name == f'{model.pretrained_cfg["architecture"]}.{model.pretrained_cfg["tag"]}'
     of_card = ModelCard.load(folder / 'README.md').data.eval_results
     results, data_name = {r.dataset_split: r.metric_value for r in of_card}, of_card[0].dataset_name
-    summary = (folder / 'summary.csv').read_bytes()
-    run, = (path.parent for path in HUB.glob('results/*/summary.csv') if path.read_bytes() == summary)
-    assert results['test'] == json.loads((run / 'test.json').read_text())['top1']
+    assert results['test'] == json.loads((run_of(folder) / 'test.json').read_text())['top1']
     stated, config = results['test'] / 100, resolve_data_config({}, model=model)
     # the first test images of each class, 10 or 1
     sheet, transform = Image.open(Path(__file__).with_name(f'{data_name}_test_100.png')), create_transform(**config)
