@@ -94,15 +94,40 @@ def moved(folder, epoch):
     return ' and '.join(name for name, side in sides.items() if side <= changed)
 
 
+PRINT_BATCHES = '''
+from timm.data.loader import PrefetchLoader
+from torch.utils.data import RandomSampler
+
+iterate = PrefetchLoader.__iter__
+
+
+def printed(self):
+    for input, target in iterate(self):
+        if isinstance(self.sampler, RandomSampler):
+            print('batch', input.double().sum().item())
+        yield input, target
+
+
+PrefetchLoader.__iter__ = printed
+'''
+
+
+def batches(result):
+    """What the network was trained on, one number a batch."""
+    return re.findall(r'batch (\S+)', result.stdout)
+
+
 PERIOD_2 = ('--opt-kwargs', 'base=sgd', 'period=2', 'filter_bias_and_bn=False')
 
 
 def test_alternation_and_resume(data, tmp_path):
     (tmp_path / 'wandb.py').write_text(
         'import json\ndef init(**kwargs): pass\ndef log(row): open("rows", "a").write(json.dumps(row) + "\\n")\n')
+    (tmp_path / 'batches.py').write_text(PRINT_BATCHES)
     front = ('env', f'PYTHONPATH={tmp_path}', sys.executable)
-    result = train(
-        'cifar10/awm_resnet20_cifar', data, tmp_path, *PERIOD_2, '--epochs', 4, '--log-wandb', front=front)
+    args = (*PERIOD_2, '--device-modules', 'batches')
+    result = train('cifar10/awm_resnet20_cifar', data, tmp_path, *args, '--epochs', 4, '--log-wandb', front=front)
+    first = batches(result)
     folder = tmp_path / 'run'
     assert [moved(folder, epoch) for epoch in (1, 2, 3)] == ['backbone', 'merge', 'merge']
     assert epochs(result.stderr) == [('0', 'b'), ('1', 'b'), ('2', 'm'), ('3', 'm')]
@@ -112,8 +137,10 @@ def test_alternation_and_resume(data, tmp_path):
 
     again = tmp_path / 'again'  # from the middle of the merge phase
     result = train(
-        'cifar10/awm_resnet20_cifar', data, tmp_path, *PERIOD_2, '--epochs', 6,
-        '--resume', folder / 'checkpoint-2.pth.tar', '--experiment', 'again')
+        'cifar10/awm_resnet20_cifar', data, tmp_path, *args, '--epochs', 6,
+        '--resume', folder / 'checkpoint-2.pth.tar', '--experiment', 'again', front=front)
+    # other images together, and augmented otherwise: train.py alone would show those of epochs 0, 1 and 2 again
+    assert len(set(first + batches(result))) == 7 * 4
     assert epochs(result.stderr) == [('3', 'm'), ('4', 'b'), ('5', 'b')]
     (again / 'checkpoint-2.pth.tar').symlink_to(folder / 'checkpoint-2.pth.tar')
     assert [moved(again, epoch) for epoch in (3, 4, 5)] == ['merge', 'backbone', 'backbone']

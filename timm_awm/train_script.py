@@ -1,7 +1,7 @@
 """Changes to timm, made only inside its train.py (`--device-modules timm_awm`).
 
-They give the epoch to the optimizer and the phase to the summary, add the crop mode 'pad4', and let DDP train in
-phases.
+They give the epoch to the optimizer and the phase to the summary, add the crop mode 'pad4', let DDP train in phases,
+and give a resumed run new random numbers.
 """
 import functools
 import inspect
@@ -11,8 +11,10 @@ from typing import Any, Callable, List, Optional
 
 import timm
 import timm.task
+import torch
 from timm.data import transforms_factory
 from timm.data.transforms import RandomResizedCropAndInterpolation
+from timm.utils import random_seed
 from torchvision import transforms
 
 from . import optim
@@ -59,7 +61,13 @@ def _wrap(owner: Any, name: str, wrapper: Callable[[Callable], Callable]) -> Non
 
 
 def _with_epoch(train_one_epoch: Callable) -> Callable:
+    started = False
+
     def with_epoch(epoch: int, *args: Any, **kwargs: Any) -> Any:
+        nonlocal started
+        if epoch and not started:  # resumed: with --seed alone it would repeat the batches of its first epochs
+            random_seed(torch.initial_seed() + epoch)
+        started = True
         optim.set_epoch(epoch)
         metrics = train_one_epoch(epoch, *args, **kwargs)
         if isinstance(metrics, dict):
