@@ -35,7 +35,7 @@ CSV = RUNS / 'results.csv'
 MACHINE = {
     'dataset', 'data_dir', 'device', 'device_modules', 'experiment', 'no_prefetcher', 'output', 'pin_mem', 'resume',
     'workers'}
-# the paper's test errors in %, the best of 700 passes with AWM, of 165 without: beside runs as long or in proportion
+# the paper's test errors in %, in the authors' code of 700 passes, plain 165: beside runs as long or in proportion
 PAPER = {
     ('cifar10', 'awm_resnet14_cifar'): ('9.21', '8.13'), ('cifar10', 'awm_resnet20_cifar'): ('8.42', '6.73'),
     ('cifar100', 'awm_resnet14_cifar'): ('34.01', '31.77'), ('cifar100', 'awm_resnet20_cifar'): ('32.62', '30.57')}

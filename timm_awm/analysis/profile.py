@@ -72,7 +72,7 @@ def between_class_share(values: np.ndarray, labels: np.ndarray) -> float:
 
 def plot_profile(lambdas: Dict[str, Tensor], ax: Axes, label: str = 'mean ± one standard deviation') -> None:
     """Draw the mean of λ1, the weight of the convolutional branch, over the merges of a ResNet, and in a band around it
-    the standard deviation over the images (Fig. 6).
+    the standard deviation over the images (Fig. 6: the variance).
 
     Args:
         lambdas: Name of the merge -> (images, 2), as from `observe`.

@@ -20,7 +20,7 @@ __all__ = ['SumMerge', 'ConcatMerge', 'fused_sum', 'fused_concat']
 
 
 class SumMerge(nn.Module):
-    """Replaces F(x) + x by 2 · (λ1 · F(x) + λ2 · x), λ inferred from both paths (eq. 2).
+    """Replaces F(x) + x by 2 · (λ1 · F(x) + λ2 · x), λ inferred from both paths (eq. 2, times 2).
 
     Args:
         channels: Channels C of either path.
