@@ -176,6 +176,10 @@ static void moments(const Shape& s, const T* x, A* mean, A* var) {
 template <bool two>
 static inline A affine(A a, A u, A b, A v, A c) { return two ? a * u + (b * v + c) : a * u + c; }
 
+// The gradient is an argument, so that it is always read: AVX2 cannot read 16 bits under a mask.
+template <bool relu>
+static inline A through_relu(A grad, A t) { return relu && t <= 0 ? A(0) : grad; }
+
 // Arrays are (N, C), (N, D) and so on.
 struct Merge {
     A eps;
@@ -328,7 +332,7 @@ struct Merge {
                 #pragma omp simd
                 for (int64_t i = 0; i < r.lanes; ++i) {
                     const A t = affine<two>(a[i], A(u_[i]), b[i], A(v_[i]), c[i]);
-                    const A g = relu && t <= 0 ? A(0) : A(grad_[i]);
+                    const A g = through_relu<relu>(A(grad_[i]), t);
                     sum_a[i] += g * A(u_[i]);
                     if (two) sum_b[i] += g * A(v_[i]);
                     sum_c[i] += g;
@@ -351,7 +355,7 @@ struct Merge {
                 #pragma omp simd
                 for (int64_t i = 0; i < r.lanes; ++i) {
                     const A t = affine<two>(a[i], A(u_[i]), b[i], A(v_[i]), c[i]);
-                    const A g = relu && t <= 0 ? A(0) : A(grad_[i]);
+                    const A g = through_relu<relu>(A(grad_[i]), t);
                     grad_u_[i] = a[i] * g + (scale[i] * A(u_[i]) + shift[i]);
                     if (two) grad_v_[i] = b[i] * g + shift_v[i];
                 }
