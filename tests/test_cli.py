@@ -70,6 +70,26 @@ def test_a_stopped_demo_leaves_nothing(tmp_path, sent, code):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize('sent, code', [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_in_a_destructor_is_not_lost(sent, code, monkeypatch):
+    class Gone:
+        def __del__(self):
+            signal.raise_signal(sent)  # Python ignores what the handler raises here
+
+    def run(args):
+        Gone()
+        time.sleep(20)
+
+    monkeypatch.setattr('timm_awm_cli.models.run', run)
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background would ignore it
+    try:
+        assert main(['models']) == code
+    except SystemExit as end:
+        assert end.code == code
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
 def test_demo_names_the_missing_extra(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, 'sklearn.datasets', None)
     monkeypatch.delitem(sys.modules, 'timm_awm.demo', raising=False)

@@ -6,8 +6,10 @@ does not know is passed on as args.rest.
 """
 import argparse
 import importlib
+import os
 import signal
 import sys
+import threading
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, List, NoReturn, Optional
 
@@ -30,7 +32,8 @@ def main(args: Optional[List[str]] = None) -> int:
         parsed.rest = rest[1:] if rest[:1] == ['--'] else rest
     elif rest:
         parser.error(f'unrecognized arguments: {" ".join(rest)}')
-    previous = signal.signal(signal.SIGTERM, _terminate)  # so that a command cleans up behind itself
+    previous_handler = signal.signal(signal.SIGTERM, _terminate)  # so that a command cleans up behind itself
+    previous_hook, sys.unraisablehook = sys.unraisablehook, _send_again
     try:
         module.run(parsed)
     except KeyboardInterrupt:
@@ -40,7 +43,8 @@ def main(args: Optional[List[str]] = None) -> int:
         print(f'timm-awm: {error}', file=sys.stderr)
         return 1
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        sys.unraisablehook = previous_hook
+        signal.signal(signal.SIGTERM, previous_handler)
     return 0
 
 
@@ -63,6 +67,15 @@ def _parser() -> Any:
 
 def _terminate(*_: Any) -> NoReturn:
     sys.exit(143)
+
+
+def _send_again(ignored: Any) -> None:
+    """Sends a signal again if its exception was ignored, as it is in a destructor or a weak reference's callback."""
+    numbers = {SystemExit: signal.SIGTERM, KeyboardInterrupt: signal.SIGINT}
+    if ignored.exc_type in numbers:
+        threading.Timer(0.1, os.kill, [os.getpid(), numbers[ignored.exc_type]]).start()  # when that is over
+    else:
+        sys.__unraisablehook__(ignored)
 
 
 def positive_int(text: str) -> int:
