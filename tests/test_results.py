@@ -128,9 +128,7 @@ def test_a_card_has_the_means_of_all_runs_of_its_kind(folder):
     if runs[1:]:
         of_runs = f' of {numbers[len(runs)]} runs with a mean of {statistics.mean(runs):.2f} %'
     assert f'Seed {own["seed"]}{of_runs}' in card
-    if own['setting'] != 'plain' and not plain:
-        assert 'no plain network with as many passes' in card
-    elif own['setting'] != 'plain':
+    if own['setting'] != 'plain':
         same_seed, = (row['top1'] for row in alike if (row['setting'], row['seed']) == ('plain', own['seed']))
         of_plain = f', the mean of {numbers[len(plain)]} runs ({same_seed:.2f} % with this seed' if plain[1:] else ''
         assert f'has {statistics.mean(plain):.2f} %{of_plain}' in card
