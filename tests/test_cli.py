@@ -70,6 +70,7 @@ def test_a_stopped_demo_leaves_nothing(tmp_path, sent, code):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.skipif(sys.platform == 'win32', reason='POSIX signals')
 @pytest.mark.parametrize('sent, code', [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_in_a_destructor_is_not_lost(sent, code, monkeypatch):
     class Gone:
