@@ -73,7 +73,7 @@ def _send_again(ignored: Any) -> None:
     """Sends a signal again if its exception was ignored, as it is in a destructor or a weak reference's callback."""
     numbers = {SystemExit: signal.SIGTERM, KeyboardInterrupt: signal.SIGINT}
     if ignored.exc_type in numbers:
-        threading.Timer(0.1, os.kill, [os.getpid(), numbers[ignored.exc_type]]).start()  # it is over by then
+        threading.Timer(0.1, os.kill, [os.getpid(), numbers[ignored.exc_type]]).start()  # when the destructor is left
     else:
         sys.__unraisablehook__(ignored)
 
