@@ -459,3 +459,12 @@ def test_damaged_checkpoint_is_not_taken_for_a_plain_one(tmp_path):
         with pytest.raises(RuntimeError, match='lacks 1 of the .* tensors'):
             create('awm_resnet14_cifar', pretrained=True, num_classes=num_classes,
                    pretrained_cfg_overlay=dict(file=str(tmp_path / 'damaged.safetensors')))
+
+
+@pytest.mark.parametrize('name', ['awm_resnet14_cifar', 'awm_densenet22_cifar'])
+def test_a_seed_gives_the_plain_control_the_same_weights_and_the_same_random_numbers_after_them(name):
+    ours = create(name)
+    order = torch.randperm(1000)
+    plain = create(name, awm=False)
+    assert torch.equal(torch.randperm(1000), order)
+    assert all(torch.equal(ours.state_dict()[key], value) for key, value in plain.state_dict().items())

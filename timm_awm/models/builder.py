@@ -2,6 +2,7 @@
 import weakref
 from typing import Any, Callable, Dict, List, Mapping, Optional, Type
 
+import torch
 from safetensors import SafetensorError
 from timm.models import build_model_with_cfg, register_model, register_notrace_module
 from torch import nn
@@ -67,8 +68,8 @@ class AwmModel(nn.Module):
 def add_merges(model: nn.Module, awm_hidden: Optional[int] = None) -> nn.Module:
     """Gives a plain network merges, in place, and returns it.
 
-    Blocks change class and keep all else: parameters and their names, hooks, mode. The network has drawn its random
-    numbers before its merges do, and so the same ones as the plain network.
+    Blocks change class and keep all else: parameters and their names, hooks, mode. Merges leave the random numbers as
+    they were, so that with the same seed the plain network gets the same weights, order of data and augmentations.
 
     Args:
         model: Of a class in AWM_CLASSES.
@@ -81,13 +82,14 @@ def add_merges(model: nn.Module, awm_hidden: Optional[int] = None) -> nn.Module:
     if model_class is None:
         raise TypeError(f"This {type(model).__name__} is no ResNet or DenseNet of timm: there is no merge for it.")
     hidden = {} if awm_hidden is None else dict(hidden_features=awm_hidden)
-    for block in list(model.modules()):
-        if type(block) in AWM_BLOCKS:
-            awm_class: Any = AWM_BLOCKS[type(block)]
-            merges = awm_class.make_merges(block, **hidden)  # before anything is changed
-            block.__class__ = awm_class
-            for owner, merge in merges:
-                owner.add_module('merge', merge.train(block.training))
+    with torch.random.fork_rng(devices=[]):  # the order of the data is that of the plain network's run, too
+        for block in list(model.modules()):
+            if type(block) in AWM_BLOCKS:
+                awm_class: Any = AWM_BLOCKS[type(block)]
+                merges = awm_class.make_merges(block, **hidden)  # before anything is changed
+                block.__class__ = awm_class
+                for owner, merge in merges:
+                    owner.add_module('merge', merge.train(block.training))
     model.__class__ = model_class
     _live.add(model)  # type: ignore[arg-type]
     return model
