@@ -1,9 +1,9 @@
-"""The runs that the results rest on, and the table of them.
+"""The runs that the results rest on, and the tables of them.
 
     python hub/results.py run NAME -c RECIPE --seed 0 ...   trains with timm's train.py (goes on with a run that was
                                                             stopped), tests once, keeps the run in hub/results/
     python hub/results.py keep FOLDER                       keeps a run that is trained and tested
-    python hub/results.py                                   writes hub/results/results.csv, and hub/README.md's table
+    python hub/results.py                                   writes results/results.csv and the tables of the READMEs
 """
 import argparse
 import csv
@@ -18,27 +18,31 @@ import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Dict, List
+from typing import Any, Dict, List, Optional, Tuple
 
 import yaml
-from scipy.stats import ttest_ind
+from scipy.stats import ttest_rel
 
-from timm_awm import scripts
-from timm_awm.hub.run import TrainingRun, data_name
+from timm_awm.hub.training_run import TrainingRun, data_name
+from timm_awm_cli import scripts
 
 HUB = Path(__file__).parent
-README = HUB / 'README.md'
 RUNS = HUB / 'results'
 OUTPUT = HUB.parent / 'output' / 'train'  # of train.py
 CSV = RUNS / 'results.csv'
-# what says where a run was made, and nothing about its result
+# arguments that say where a run was made, and nothing about its result
 MACHINE = {
     'dataset', 'data_dir', 'device', 'device_modules', 'experiment', 'no_prefetcher', 'output', 'pin_mem', 'resume',
     'workers'}
-# the paper's test errors in %, in the authors' code of 700 passes, plain 165: beside runs as long or in proportion
+# the paper's test errors in %, by the authors' code the best epoch of 700 (plain: 165), beside runs as long or in
+# proportion
 PAPER = {
-    ('cifar10', 'awm_resnet14_cifar'): ('9.21', '8.13'), ('cifar10', 'awm_resnet20_cifar'): ('8.42', '6.73'),
-    ('cifar100', 'awm_resnet14_cifar'): ('34.01', '31.77'), ('cifar100', 'awm_resnet20_cifar'): ('32.62', '30.57')}
+    ('cifar10', 'awm_resnet14_cifar', 'plain', 14): '9.21', ('cifar10', 'awm_resnet14_cifar', 'plain', 165): '9.21',
+    ('cifar10', 'awm_resnet14_cifar', 't = 3', 60): '8.13', ('cifar10', 'awm_resnet14_cifar', 't = 3', 700): '8.13',
+    ('cifar100', 'awm_resnet14_cifar', 't = 3', 60): '31.77'}
+NETWORKS = dict(
+    awm_resnet14_cifar='ResNet-14', awm_resnet20_cifar='ResNet-20', awm_densenet22_cifar='DenseNet-22')
+DATA = dict(cifar10='CIFAR-10', cifar100='CIFAR-100')
 
 
 def run(name: str, flags: List[str]) -> None:
@@ -107,20 +111,14 @@ def keep(folder: Path) -> None:
 
 
 def setting(args: Dict[str, Any]) -> str:
-    """How a run was trained, but for its length and its seed."""
-    model_kwargs = {key: value for key, value in args.get('model_kwargs', {}).items() if key != 'awm'}
+    """The kind of a network and of its training: plain, SE, joint, or the periods of the alternation."""
     options = dict(args['opt_kwargs'])
-    period, merge_period = options.pop('period', None), options.pop('merge_period', None)
     if args['opt'] != 'alternating':
-        how = 'plain'
-    elif 'train' in options:
-        how = f'`train={options["train"]}`'
-    elif period == 0:
-        how = 'joint'
-    else:
-        how = f't = {3 if period is None else period}' + (f' and {merge_period}' if merge_period else '')
-    changed = {**model_kwargs, **{key: value for key, value in options.items() if key.startswith('merge_')}}
-    return ', '.join([how, *(f'`{key}={value}`' for key, value in changed.items())])
+        return 'SE' if 'block_args' in args['model_kwargs'] else 'plain'
+    period, merge_period = options.get('period', 3), options.get('merge_period')
+    how = f't = {period}' + (f' and {merge_period}' if merge_period else '') if period else 'joint'
+    changed = {key: value for key, value in options.items() if key in ('merge_lr_scale', 'merge_weight_decay')}
+    return ', '.join([how, *(f'`{key}={value}`' for key, value in changed.items())])  # of options that are gone
 
 
 def row(folder: Path) -> Dict[str, Any]:
@@ -130,22 +128,24 @@ def row(folder: Path) -> Dict[str, Any]:
     test = json.loads((folder / 'test.json').read_text(encoding='utf-8'))
     summary = TrainingRun(folder).summary
     evaluated = {epoch: float(line['eval_top1']) for epoch, line in summary.items()}
-    passes = args['epochs']
-    assert sorted(evaluated) == list(range(passes)), f'{folder} is not finished'
+    epochs = args['epochs']
+    assert sorted(evaluated) == list(range(epochs)), f'{folder} is not finished'
     best = max(evaluated, key=lambda epoch: (evaluated[epoch], -epoch))
     phases = [line.get('train_phase', 'backbone') for line in summary.values()]  # plain networks have no phases
+    start, images = args.get('pretrained_path'), re.search(r'\[:(\d+)\]', args['train_split'])
     return {
         'data': record['data'],
         'model': args['model'],
         **{name: test[name] for name in (
             'img_size', 'top1', 'top1_err', 'top5', 'top5_err', 'param_count', 'crop_pct', 'interpolation')},
         'setting': setting(args),
-        'passes': passes,
-        'backbone_passes': passes - phases.count('merge'),
-        'merge_passes': passes - phases.count('backbone'),
+        'start': Path(start).parent.name if start else '',
+        'images': int(images[1]) if images else 50000,
+        'epochs': epochs,
+        'backbone_epochs': epochs - phases.count('merge'),
         'seed': args['seed'],
         'eval_split': args['val_split'],
-        'eval_top1': evaluated[passes - 1],
+        'eval_top1': evaluated[epochs - 1],
         'best_eval_top1': evaluated[best],
         'best_epoch': best,
         'minutes': record['minutes'],
@@ -159,47 +159,92 @@ def rows() -> List[Dict[str, Any]]:
     return [row(path.parent) for path in sorted(RUNS.glob('*/run.json'))]
 
 
-def table(rows: List[Dict[str, Any]]) -> str:
-    """The table of hub/README.md: means and spreads of the test error after the last pass, and differences from the
-    plain control of as many passes."""
-    groups: Dict[Any, List[Dict[str, Any]]] = {}
-    for r in rows:
+Task = Tuple[str, str, str, int, int]  # data, model, start, images, epochs
+Group = Dict[int, Dict[str, Any]]  # runs by their seed
+
+
+def group(rows: List[Dict[str, Any]]) -> Dict[Task, Dict[str, Group]]:
+    """Runs by what was trained on what, kind and seed; long ones first, plain before the others.
+
+    Raises:
+        ValueError: Two runs have the same seed.
+    """
+    def order(r: Dict[str, Any]) -> Any:
         t = re.search(r't = (\d+)', r['setting'])  # 12 behind 3
-        key = r['data'], r['model'], -r['passes'], r['setting'] != 'plain', int(t[1]) if t else 0, r['setting']
-        groups.setdefault(key, []).append(r)
-    for runs in groups.values():
-        if len({r['seed'] for r in runs}) < len(runs):
-            raise ValueError(f'Of {[r["run"] for r in runs]} some have the same seed: one run twice is no evidence.')
-    lines = [
-        '| data | network | passes | of the backbone | trained | runs | held-out error, % | test error, % | '
-        'difference from plain | minutes | paper, % |',
-        '| --- | --- | ---: | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: |',
-    ]
-    for _, runs in sorted(groups.items()):
-        first, errors = runs[0], [r['top1_err'] for r in runs]
-        held_out = [100 - r['eval_top1'] for r in runs if r['eval_split'] != 'test']  # none in the paper's own runs
-        plain = [r['top1_err'] for r in rows if r['setting'] == 'plain' and all(
-            r[name] == first[name] for name in ('data', 'model', 'passes'))]
-        difference = ''
-        if first['setting'] != 'plain' and plain:
-            difference = f'{statistics.mean(errors) - statistics.mean(plain):+.2f}'
-            if len(errors) > 1 and len(plain) > 1:
-                low, high = ttest_ind(errors, plain, equal_var=False).confidence_interval()
-                difference += f' ({low:+.2f} to {high:+.2f})'
-        of_paper = PAPER.get((first['data'], first['model']), ('', ''))
-        paper = {('plain', 14): 0, ('plain', 165): 0, ('t = 3', 60): 1, ('t = 3', 700): 1}.get(
-            (first['setting'], first['passes']))
-        cells = (
-            first['data'], f'`{first["model"]}`', first['passes'], first['backbone_passes'], first['setting'],
-            len(runs), mean_and_spread(held_out), mean_and_spread(errors), difference,
-            round(statistics.mean(r['minutes'] for r in runs)), '' if paper is None else of_paper[paper])
-        lines.append(f'| {" | ".join(map(str, cells))} |')
-    return '\n'.join(lines)
+        return (
+            r['data'], r['model'], r['start'], -r['epochs'], r['images'], r['setting'] != 'plain', int(t[1]) if t else 0,
+            r['setting'], r['seed'])
+
+    tasks: Dict[Task, Dict[str, Group]] = {}
+    for r in sorted(rows, key=order):
+        task = r['data'], r['model'], r['start'], r['images'], r['epochs']
+        runs = tasks.setdefault(task, {}).setdefault(r['setting'], {})
+        if r['seed'] in runs:
+            raise ValueError(f'{runs[r["seed"]]["run"]} and {r["run"]} have the same seed: one run twice is no evidence.')
+        runs[r['seed']] = r
+    return tasks
+
+
+def difference(runs: Group, control: Group) -> str:
+    """The mean difference of the test error from the control, paired by seed, and its 95 % interval (Student's t)."""
+    seeds = sorted(runs.keys() & control.keys())
+    if not seeds:
+        return ''
+    own, plain = ([of[seed]['top1_err'] for seed in seeds] for of in (runs, control))
+    text = f'{statistics.mean(own) - statistics.mean(plain):+.2f}'
+    if len(seeds) > 1:
+        low, high = ttest_rel(own, plain).confidence_interval()
+        text += f' ({low:+.2f} to {high:+.2f})'
+    return text
 
 
 def mean_and_spread(values: List[float]) -> str:
     spread = f' ± {statistics.stdev(values):.2f}' if len(values) > 1 else ''
     return f'{statistics.mean(values):.2f}{spread}' if values else ''
+
+
+def errors(runs: Optional[Group]) -> str:
+    return mean_and_spread([r['top1_err'] for r in runs.values()]) if runs else ''
+
+
+def lines(head: str, cells: List[Tuple[Any, ...]], left: int) -> str:
+    """A Markdown table whose first columns, as many as `left`, are flush left."""
+    count = head.count('|') - 1
+    rule = f'| {" | ".join(["---"] * left + ["---:"] * (count - left))} |'
+    return '\n'.join([head, rule, *(f'| {" | ".join(map(str, line))} |' for line in cells)])
+
+
+def table(rows: List[Dict[str, Any]]) -> str:
+    """The table of hub/README.md: every kind of run."""
+    cells = []
+    for (data, model, start, images, epochs), kinds in group(rows).items():
+        for kind, runs in kinds.items():
+            first = next(iter(runs.values()))
+            held_out = [100 - r['eval_top1'] for r in runs.values() if r['eval_split'] != 'test']
+            cells.append((
+                DATA[data], NETWORKS[model] + (', fine-tuned' if start else ''), kind, f'{images:,}',
+                epochs, first['backbone_epochs'], len(runs), mean_and_spread(held_out), errors(runs),
+                difference(runs, kinds.get('plain', {})) if kind != 'plain' else '',
+                PAPER.get((data, model, kind, epochs), '')))
+    return lines(
+        '| data | network | trained | images | epochs | of the backbone | n | held-out error, % | test error, % | '
+        'difference from plain | paper, % |', cells, 3)
+
+
+def summary(rows: List[Dict[str, Any]]) -> str:
+    """The table of README.md: joint AWM, and SE where it was trained, against the plain network."""
+    cells = []
+    for (data, model, start, images, epochs), kinds in group(rows).items():
+        plain, joint, se = (kinds.get(kind, {}) for kind in ('plain', 'joint', 'SE'))
+        n = len(plain.keys() & joint.keys())
+        if n:
+            what = f'{NETWORKS[model]} on {DATA[data]}, ' + ('fine-tuned' if start else 'from scratch')
+            cells.append((
+                f'{what}, {images:,} images', epochs, n, errors(plain), errors(joint), difference(joint, plain),
+                f'{errors(se)}, {difference(se, plain)}' if se else ''))
+    return lines(
+        '| network and data | epochs | n | plain, % | AWM joint, % | difference (95 %) | SE, %, and its difference |',
+        cells, 1)
 
 
 def text(rows: List[Dict[str, Any]]) -> str:
@@ -214,7 +259,7 @@ def text(rows: List[Dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest='command')
-    commands.add_parser('run').add_argument('name', help='of the run, its end the seed: r14_t3_s0')
+    commands.add_parser('run').add_argument('name', help='name of the run, its end the seed: r14_t3_s0')
     commands.add_parser('keep').add_argument('folder', type=Path)
     args, flags = parser.parse_known_args()
     if flags and args.command != 'run':
@@ -225,10 +270,11 @@ def main() -> None:
         keep(args.folder)
     found = rows()
     CSV.write_text(text(found), encoding='utf-8')
-    new, readme = table(found), README.read_text(encoding='utf-8')
-    head = re.escape(new.partition('\n')[0])
-    README.write_text(re.sub(rf'{head}\n(?:\|.*\n)+', lambda _: f'{new}\n', readme), encoding='utf-8')
-    print(new)
+    for path, new in ((HUB / 'README.md', table(found)), (HUB.parent / 'README.md', summary(found))):
+        head = re.escape(new.partition('\n')[0])
+        readme = path.read_text(encoding='utf-8')
+        path.write_text(re.sub(rf'{head}\n(?:\|.*\n)+', lambda _, new=new: f'{new}\n', readme), encoding='utf-8')
+        print(f'{new}\n')
 
 
 if __name__ == '__main__':
