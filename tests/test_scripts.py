@@ -298,8 +298,12 @@ def test_data_of_a_recipe_give_way_to_a_folder(clean, command, capsys):
     assert config('--data-dir=meine Bilder', '--num-classes', '5', '--dataset', '') == method
     # a copy of the same data, or a cache for them
     assert config('--dataset', 'hfds/copy') == config('--dataset', 'hfds/copy', '--data-dir', 'x') == recipe
-    assert main(['train', '-c', 'finetune/awm_resnet50', '--data-dir', 'cache']) == 1
-    assert 'cache has no folders with PNG or JPEG images' in capsys.readouterr().err
+    for wrong, message in (
+            ('meine Bilder/train', "needs folders 'train' and 'validation'"), ('.', 'has no folders with PNG or JPEG')):
+        (clean / 'train').mkdir(exist_ok=True)
+        (clean / 'val').mkdir(exist_ok=True)
+        assert main(['train', '-c', 'finetune/awm_resnet50', '--data-dir', wrong]) == 1
+        assert message in capsys.readouterr().err
 
 
 def test_what_opt_kwargs_replace_is_said(clean, command, capsys):
@@ -328,8 +332,8 @@ def test_pictures_of_ones_own_are_trained_on_validated_and_exported(tmp_path):
         return result.stdout
 
     images = '--data-dir', folder, '--img-size', 64
-    run('train', '-c', 'mein Rezept.yaml', *images, '--model', 'awm_resnet18', '--pretrained-path', 'plain.pth', '-b', 8,
-        '--lr', .001, '--warmup-epochs', 0, '--epochs', 3, '--output', 'out', '--experiment', 'run')
+    run('train', '-c', 'mein Rezept.yaml', *images, '--model', 'awm_resnet18', '--pretrained-path', 'plain.pth',
+        '-b', 8, '--lr', .001, '--warmup-epochs', 0, '--epochs', 3, '--output', 'out', '--experiment', 'run')
     validated = run('validate', '--model', 'awm_resnet18', '--num-classes', 3, *images, '--crop-pct', .95,
                     '--checkpoint', 'out/run/last.pth.tar')
     top1 = json.loads(validated.partition('--result')[2])['top1']

@@ -36,7 +36,8 @@ def describe(parser: ArgumentParser, name: str, example: str) -> None:
 def given_flags(args: Sequence[str], *dicts: str) -> Dict[str, Any]:
     """The flags among a script's arguments that decide what is added to them, and those that take NAME=VALUE."""
     parser = ArgumentParser(add_help=False, allow_abbrev=False, argument_default=SUPPRESS)
-    for flag in ('dataset', 'data-dir', 'train-split', 'class-map', 'num-classes', 'device', 'start-epoch'):
+    single = 'dataset', 'data-dir', 'train-split', 'val-split', 'class-map', 'num-classes', 'device', 'start-epoch'
+    for flag in single:
         parser.add_argument(f'--{flag}')
     parser.add_argument('-j', '--workers')
     for name in dicts:

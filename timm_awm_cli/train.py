@@ -3,7 +3,7 @@ import os
 import tempfile
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
-from typing import Any, Dict, Mapping
+from typing import Any, Dict, Mapping, Sequence
 
 import yaml
 
@@ -14,6 +14,8 @@ TAKES_REST = True
 
 HELP = "run timm's own train.py"
 DATA = 'dataset', 'input_key', 'target_key', 'train_split', 'val_split', 'num_classes'
+# timm's defaults and what it takes for the same
+SPLITS = dict(train_split=('train', 'training'), val_split=('validation', 'val', 'valid', 'eval', 'evaluation'))
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -77,8 +79,10 @@ def adapt(recipe: Mapping[str, Any], given: Mapping[str, Any]) -> Dict[str, Any]
     folder = given.get('data_dir')
     if folder and config.get('dataset') and not given.get('dataset', '').startswith('hfds/'):  # there a cache
         _say_left_out('--data-dir', {key: config.pop(key) for key in DATA if key in config})
-        if not {'num_classes', 'class_map'} & given.keys() and not given.get('dataset'):
-            config['num_classes'] = _count_classes(Path(folder), given.get('train_split', 'train'))
+        if not given.get('dataset') and os.path.isdir(folder):
+            train, _ = [_split_folder(Path(folder), given.get(key, names[0]), names) for key, names in SPLITS.items()]
+            if not {'num_classes', 'class_map'} & given.keys():
+                config['num_classes'] = _count_classes(train)
     return config
 
 
@@ -87,9 +91,16 @@ def _say_left_out(flag: str, items: Mapping[str, Any]) -> None:
         scripts.say(f'leaves out of the recipe, for {flag} is given: {", ".join(f"{k}={v}" for k, v in items.items())}')
 
 
-def _count_classes(root: Path, split: str) -> int:
+def _split_folder(root: Path, split: str, names: Sequence[str]) -> Path:
+    """The folder of a split. Without one, timm would train and evaluate on the same images."""
+    for name in (split, *(names if split in names else ())):
+        if (root / name).is_dir():
+            return root / name
+    raise FileNotFoundError(f"{root} needs folders 'train' and 'validation', with a folder for each class in both.")
+
+
+def _count_classes(root: Path) -> int:
     """The number of folders with images, which timm takes for classes."""
-    root = root / split if (root / split).is_dir() else root
     classes = {
         Path(folder).name for folder, _, files in os.walk(root, followlinks=True)
         if any(file.lower().endswith(('.png', '.jpg', '.jpeg')) for file in files)}
