@@ -54,7 +54,7 @@ def script(path, text=REPORT):
 
 @pytest.fixture
 def command(clean, monkeypatch):
-    """What the command line of timm-awm becomes, where there is a GPU."""
+    """The command that timm-awm becomes where there is a GPU."""
     def command(*args):
         became = []
         monkeypatch.setattr(scripts, 'device_flags', lambda given: [])

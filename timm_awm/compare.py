@@ -39,12 +39,12 @@ PHASES = {'joint': (0, 0), 'backbone': (1, 0), 'merge': (1, 1)}  # the period, a
 COLUMNS = (  # step_time is in ms
     'model', 'phase', 'mode', 'batch_size', 'img_size', 'step_time', 'samples_per_sec', 'base', 'ratio', 'ratio_iqr',
     'peak_mib', 'rounds')
-Models = Dict[str, Callable[..., Any]]  # what creates a model, by its label; the base first
+Models = Dict[str, Callable[..., Any]]  # functions that create them, by label; the base first
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What is measured, and how."""
+    """Settings of a comparison."""
     modes: Sequence[str] = ('train', 'infer')
     batch_sizes: Sequence[int] = ()  # none: one by image size and mode
     img_size: Optional[int] = None  # px; None: the base's own
@@ -62,7 +62,7 @@ class Contender:
     label: str
     phase: str
     step: Callable[[], None]
-    peak_mib: Optional[float] = None  # of model, optimizer and step, without the batch; None if not known
+    peak_mib: Optional[float] = None  # for model, optimizer and step, without the batch; None if not known
     seconds: List[float] = field(default_factory=list)  # by round
 
 
@@ -80,7 +80,7 @@ def run(models: Sequence[str], settings: Settings) -> None:
     if settings.csv:
         settings.csv.parent.mkdir(parents=True, exist_ok=True)
         settings.csv.touch(exist_ok=False)
-    torch.backends.cudnn.benchmark = True  # as timm's scripts have it
+    torch.backends.cudnn.benchmark = True  # timm's scripts have it
     print(_header(settings, device), flush=True)
     try:
         for group in groups:

@@ -8,7 +8,7 @@ HELP = 'train, save, load and look into a small AWM model'
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         'Trains a small AWM network on handwritten digits with alternating phases, saves it, loads it back and draws '
-        'its mixing weights. Offline, one to two minutes on two cores.')
+        'its mixing weights. Offline, in minutes on a CPU.')
     parser.epilog = 'Example: timm-awm demo --output my-demo --epochs 24'
     parser.add_argument(
         '--output', type=new_path, default='timm-awm-demo', metavar='FOLDER', help='new folder (default: %(default)s)')

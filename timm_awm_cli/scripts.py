@@ -133,7 +133,7 @@ def last_checkpoint(folder: Path) -> Optional[Path]:
 
 
 def device_flags(given: Mapping[str, Any]) -> List[str]:
-    """What to add to the given flags of timm's scripts, whose default device is cuda, where there is no GPU."""
+    """Flags to add to the given ones where there is no GPU: the default device of timm's scripts is cuda."""
     drivers = '/dev/nvidiactl', '/dev/kfd', '/dev/dxg'  # NVIDIA, AMD, Windows Subsystem for Linux
     hidden = os.environ.get('CUDA_VISIBLE_DEVICES') in ('', '-1') or '+cpu' in version('torch')
     if 'device' in given or not hidden and (any(map(os.path.exists, drivers)) or shutil.which('nvidia-smi')):
