@@ -1,4 +1,4 @@
-"""timm-awm train, validate and benchmark, with stand-ins for timm's scripts. The real ones: test_train_script.py."""
+"""timm-awm train, validate and benchmark, mostly with stand-ins for timm's scripts: more in test_train_script.py."""
 import functools
 import hashlib
 import http.server
@@ -10,18 +10,22 @@ import sys
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
+import timm
 import torch
+import yaml
+from PIL import Image
 
-from timm_awm import scripts
-from timm_awm.hub.run import TrainingRun
-from timm_awm.scripts import find_recipe, find_script
+from timm_awm_cli import scripts
 from timm_awm_cli.main import main
+from timm_awm_cli.scripts import find_recipe, find_script, last_checkpoint
 
 REPORT = '''\
 # Copyright Ross Wightman
-import json, sys
-print(json.dumps(dict(argv=sys.argv, plugin='timm_awm' in sys.modules, name=__name__)))
+import json, os, sys
+passive = os.environ['OMP_WAIT_POLICY']
+print(json.dumps(dict(argv=sys.argv, plugin='timm_awm' in sys.modules, name=__name__, wait=passive)))
 sys.exit(7)
 '''
 WAIT = '''\
@@ -37,7 +41,7 @@ except KeyboardInterrupt:
 @pytest.fixture
 def clean(monkeypatch, tmp_path):
     monkeypatch.delenv('TIMM_TRAIN_SCRIPT', raising=False)
-    monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'cache'))
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -50,9 +54,10 @@ def script(path, text=REPORT):
 
 @pytest.fixture
 def command(clean, monkeypatch):
-    """What the command line of timm-awm becomes."""
+    """The command that timm-awm becomes where there is a GPU."""
     def command(*args):
         became = []
+        monkeypatch.setattr(scripts, 'device_flags', lambda given: [])
         monkeypatch.setattr(os, 'execv', lambda path, argv: became.append(argv[1:]))
         assert main(list(args)) == 0
         return became[0]
@@ -63,11 +68,12 @@ def command(clean, monkeypatch):
 @pytest.mark.slow
 def test_script_runs_with_plugin_arguments_and_exit_status(clean):
     path = script(clean / 'clone' / 'validate.py')
-    command = [sys.executable, '-m', 'timm_awm', 'validate', '--script', path, '-b', '2']
+    command = [sys.executable, '-m', 'timm_awm', 'validate', '--script', path, '--device', 'cpu']
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 7, result.stderr
-    assert json.loads(result.stdout) == dict(argv=[str(path), '-b', '2'], plugin=True, name='__main__')
-    assert f'timm-awm runs {path} -b 2' in result.stderr
+    assert json.loads(result.stdout) == dict(
+        argv=[str(path), '--device', 'cpu'], plugin=True, name='__main__', wait='PASSIVE')
+    assert f'timm-awm runs {path} --device cpu' in result.stderr
 
 
 def test_arguments_pass_through(clean, command):
@@ -117,6 +123,8 @@ def test_where_scripts_are_looked_for(clean, monkeypatch):
     script(clone / 'validate.py')
     assert (find_script('train'), find_script('validate')) == (clone / 'train.py', clone / 'validate.py')
     assert find_script('benchmark') == 'cached benchmark'
+    monkeypatch.setenv('TIMM_TRAIN_SCRIPT', str(clone))
+    assert (find_script('train'), find_script('validate')) == (clone / 'train.py', clone / 'validate.py')
     (clone / 'train.py').rename(clone / 'moved.py')
     with pytest.raises(FileNotFoundError, match='TIMM_TRAIN_SCRIPT leads to .*train.py.*no file'):
         find_script('benchmark')
@@ -162,7 +170,7 @@ def test_download_is_checked_and_kept(published, monkeypatch, capsys):
     published.write_bytes(content + b', altered')
     with pytest.raises(RuntimeError, match='Cannot get.*hash.*--script or TIMM_TRAIN_SCRIPT'):
         find_script('train')
-    assert not [path for path in Path(torch.hub.get_dir()).rglob('*') if path.is_file()]
+    assert not [path for path in Path('cache').rglob('*') if path.is_file()]
 
 
 def test_recipe_names():
@@ -189,27 +197,26 @@ def flip(path, bit):
 
 
 def test_newest_whole_checkpoint(tmp_path):
-    run = TrainingRun(tmp_path)
-    assert TrainingRun(tmp_path / 'new').last_checkpoint() is None
+    assert last_checkpoint(tmp_path / 'new') is None
     tmp = save(tmp_path / 'tmp.pth.tar')
     cut(tmp)  # killed in the first save
-    assert run.last_checkpoint() is None
+    assert last_checkpoint(tmp_path) is None
     save(tmp_path / 'checkpoint-9.pth.tar')
     old = save(tmp_path / 'checkpoint-10.pth.tar')
     save(tmp_path / 'recovery-11-4.pth.tar')
-    assert run.last_checkpoint() == old
+    assert last_checkpoint(tmp_path) == old
     last = save(tmp_path / 'last.pth.tar')
-    assert run.last_checkpoint() == last
+    assert last_checkpoint(tmp_path) == last
     save(tmp)  # killed before it took the place of the last
-    assert run.last_checkpoint() == tmp
+    assert last_checkpoint(tmp_path) == tmp
     cut(tmp)
-    assert run.last_checkpoint() == last
+    assert last_checkpoint(tmp_path) == last
     flip(last, 8 * (last.stat().st_size // 2))
-    assert run.last_checkpoint() == old
+    assert last_checkpoint(tmp_path) == old
     cut(old)
     cut(tmp_path / 'checkpoint-9.pth.tar')
     with pytest.raises(ValueError, match='Every checkpoint in .* is damaged: move it away'):
-        run.last_checkpoint()
+        last_checkpoint(tmp_path)
 
 
 def test_resume_auto(clean, command, capsys):
@@ -237,3 +244,101 @@ def test_bad_config(text, message, clean, capsys):
     (clean / 'mine.yaml').write_text(text)
     assert main(['train', '-c', 'mine.yaml']) == 1
     assert f'mine.yaml {message}' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('hidden, driver, given, expected', [
+    (None, True, {}, []),
+    (None, False, {}, ['--device', 'cpu', '-j', '4']),
+    ('', True, {}, ['--device', 'cpu', '-j', '4']),
+    (None, False, dict(workers='2'), ['--device', 'cpu']),
+    (None, False, dict(device='mps'), []),
+])
+def test_without_a_gpu_scripts_run_on_the_cpu(hidden, driver, given, expected, monkeypatch, capsys):
+    monkeypatch.delenv('CUDA_VISIBLE_DEVICES', raising=False)
+    if hidden is not None:
+        monkeypatch.setenv('CUDA_VISIBLE_DEVICES', hidden)
+    monkeypatch.setattr(os.path, 'exists', lambda path: driver and path == '/dev/nvidiactl')
+    monkeypatch.setattr(scripts.shutil, 'which', lambda name: None)
+    monkeypatch.setattr(scripts, 'version', lambda name: '2.9.0')
+    monkeypatch.setattr(os, 'cpu_count', lambda: 16)
+    assert scripts.device_flags(given) == expected
+    assert ('found no GPU and runs on the CPU' in capsys.readouterr().err) == bool(expected)
+
+
+def pictures(root, suffix='.png'):
+    """Three classes that differ in colour, in folders that people make."""
+    for split, count in (('train', 8), ('validation', 4)):
+        for channel, name in enumerate(('rote Äpfel', 'Birnen, süß', 'price_$5_to_$10')):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for number in range(count):
+                pixels = np.random.default_rng(number).integers(0, 80, (32, 32, 3), dtype=np.uint8)
+                pixels[..., channel] += 150
+                Image.fromarray(pixels).save(folder / f'Bild {number}{suffix}')
+    (root / 'train' / '.notes').mkdir()  # without images: no class
+    return root
+
+
+def test_data_of_a_recipe_give_way_to_a_folder(clean, command, capsys):
+    script(clean / 'train.py')
+    recipe = yaml.safe_load(find_recipe('finetune/awm_resnet50').read_text())
+    of_data = 'dataset', 'input_key', 'target_key', 'train_split', 'val_split', 'num_classes'
+    method = {key: value for key, value in recipe.items() if key not in of_data}
+    pictures(clean / 'meine Bilder', '.JPG')
+
+    def config(*args):
+        became = command('train', '-c', 'finetune/awm_resnet50', *args)
+        assert became[1] == '-c' and became[3:-2] == [*args]
+        return yaml.safe_load(Path(became[2]).read_text())
+
+    assert config('--data-dir', 'meine Bilder') == {**method, 'num_classes': 3}
+    message = capsys.readouterr().err
+    assert 'leaves out of the recipe, for --data-dir is given: dataset=hfds/timm/oxford-iiit-pet, input_key' in message
+    assert 'found 3 classes in meine Bilder/train' in message
+    assert config('--data-dir=meine Bilder', '--num-classes', '5', '--dataset', '') == method
+    # a copy of the same data, or a cache for them
+    assert config('--dataset', 'hfds/copy') == config('--dataset', 'hfds/copy', '--data-dir', 'x') == recipe
+    for wrong, message in (
+            ('meine Bilder/train', "needs folders 'train' and 'validation'"), ('.', 'has no folders with PNG or JPEG')):
+        (clean / 'train').mkdir(exist_ok=True)
+        (clean / 'val').mkdir(exist_ok=True)
+        assert main(['train', '-c', 'finetune/awm_resnet50', '--data-dir', wrong]) == 1
+        assert message in capsys.readouterr().err
+
+
+def test_what_opt_kwargs_replace_is_said(clean, command, capsys):
+    script(clean / 'train.py')
+    args = '-c', 'finetune/awm_resnet50', '--opt-kwargs', 'period=2'
+    assert command('train', *args)[1:-2] == ['-c', str(find_recipe('finetune/awm_resnet50')), *args[2:]]
+    assert 'leaves out of the recipe, for --opt-kwargs is given: base=adamw\n' in capsys.readouterr().err
+    command('train', *args, 'base=adamw')
+    assert 'leaves out' not in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.environ.get('TIMM_TRAIN_SCRIPT'), reason="NOT TESTED: pictures with timm's real train.py")
+def test_pictures_of_ones_own_are_trained_on_validated_and_exported(tmp_path):
+    recipe = find_recipe('finetune/awm_resnet50').read_text(encoding='utf-8')
+    (tmp_path / 'mein Rezept.yaml').write_text(recipe, encoding='utf-8-sig')  # as Notepad saves it
+    folder = pictures(tmp_path / 'Bilder für mich')
+    torch.save(timm.create_model('resnet18').state_dict(), tmp_path / 'plain.pth')
+
+    def run(*args):
+        command = [sys.executable, '-m', 'timm_awm_cli', *map(str, args)]
+        result = subprocess.run(
+            command, cwd=tmp_path, capture_output=True, text=True,
+            env={**os.environ, 'HF_HUB_OFFLINE': '1', 'CUDA_VISIBLE_DEVICES': '', 'OMP_NUM_THREADS': '1'})
+        assert result.returncode == 0, result.stderr[-3000:]
+        return result.stdout
+
+    images = '--data-dir', folder, '--img-size', 64
+    run('train', '-c', 'mein Rezept.yaml', *images, '--model', 'awm_resnet18', '--pretrained-path', 'plain.pth',
+        '-b', 8, '--lr', .001, '--warmup-epochs', 0, '--epochs', 3, '--output', 'out', '--experiment', 'run')
+    validated = run('validate', '--model', 'awm_resnet18', '--num-classes', 3, *images, '--crop-pct', .95,
+                    '--checkpoint', 'out/run/last.pth.tar')
+    top1 = json.loads(validated.partition('--result')[2])['top1']
+    assert top1 > 60  # chance is 33
+    run('export', 'out/run', 'awm_resnet18.mine')
+    model = timm.create_model(f'local-dir:{tmp_path / "awm_resnet18.mine"}', pretrained=True)
+    assert model.pretrained_cfg['label_names'] == ['Birnen, süß', 'price_$5_to_$10', 'rote Äpfel']
+    assert f'{top1:.2f}' in (tmp_path / 'awm_resnet18.mine' / 'README.md').read_text(encoding='utf-8')

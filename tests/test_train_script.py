@@ -17,7 +17,7 @@ import pytest
 import torch
 from timm.models import load_state_dict
 
-from timm_awm.scripts import find_recipe
+from timm_awm_cli.scripts import find_recipe
 
 HERE = Path(__file__).parent
 TRAIN = os.environ.get('TIMM_TRAIN_SCRIPT', '')

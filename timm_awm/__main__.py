@@ -1,5 +1,5 @@
+"""`python -m timm_awm`: timm-awm, in a process that has not imported torch yet."""
+import os
 import sys
 
-from timm_awm_cli.main import main
-
-sys.exit(main())
+os.execv(sys.executable, [sys.executable, '-m', 'timm_awm_cli', *sys.argv[1:]])

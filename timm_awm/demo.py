@@ -1,4 +1,4 @@
-"""The whole way of an AWM model in a minute or two: train, save, load, look inside. Offline, on a CPU."""
+"""An AWM model from training to a look inside, in a minute or two. Offline, on a CPU."""
 from pathlib import Path
 from typing import Tuple
 
@@ -29,9 +29,9 @@ def run(output: Path, epochs: int = 12, period: int = 2, seed: int = 0) -> None:
 
     Args:
         output: New folder, which appears when everything in it is complete.
-        epochs: Passes over the training images.
+        epochs: Number of epochs, of both phases together.
         period: Epochs of a phase.
-        seed: Of weights, order and crops.
+        seed: Of the weights, the split and the order.
 
     Raises:
         FileExistsError: The folder exists.
@@ -55,8 +55,7 @@ def _run(output: Path, epochs: int, period: int, seed: int) -> None:
     print(f'{MODEL}: {len(train.dataset)} training and {len(test.dataset)} held-out digits, {epochs} epochs')  # type: ignore[arg-type]
     for epoch in range(epochs):
         optimizer.set_epoch(epoch)
-        description = f'Epoch {epoch + 1:>2}/{epochs}, {optimizer.phase:>8} phase'
-        loss = _train_one_epoch(model, train, optimizer, description)
+        loss = _train_one_epoch(model, train, optimizer, f'Epoch {epoch + 1:>2}/{epochs}, {optimizer.phase:>8} phase')
         top1 = _evaluate(model, test)
         lr = optimizer.param_groups[0]['lr']
         update_summary(
@@ -87,14 +86,12 @@ def _loaders(seed: int) -> Tuple[DataLoader, DataLoader]:
 def _train_one_epoch(model: nn.Module, loader: DataLoader, optimizer: torch.optim.Optimizer, description: str) -> float:
     model.train()
     losses = AverageMeter()
-    with tqdm(loader, desc=description, unit='batch', mininterval=0.5) as progress:
-        for images, labels in progress:
-            loss = F.cross_entropy(model(images), labels)
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            losses.update(loss.item(), len(images))
-            progress.set_postfix(loss=f'{losses.avg:.3f}', refresh=False)
+    for images, labels in tqdm(loader, desc=description, unit='batch', mininterval=0.5):
+        loss = F.cross_entropy(model(images), labels)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.update(loss.item(), len(images))
     return losses.avg
 
 

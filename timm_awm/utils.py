@@ -1,4 +1,4 @@
-"""What several commands need."""
+"""Helpers of several commands."""
 import os
 import tempfile
 from contextlib import contextmanager
@@ -34,7 +34,7 @@ def new_folder(path: Path) -> Iterator[Path]:
         FileExistsError: It exists.
     """
     if path.exists():
-        raise FileExistsError(f'{path} exists already: remove it, or choose another folder with --output.')
+        raise FileExistsError(f'{path} exists already: remove it, or choose another folder.')
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f'.{path.name}.', dir=path.parent) as folder:
         partial = Path(folder) / path.name

@@ -1,8 +1,6 @@
 import argparse
-import os
-from pathlib import Path
 
-from .main import positive_int
+from .main import new_path, positive_int
 
 HELP = 'train, save, load and look into a small AWM model'
 
@@ -10,16 +8,17 @@ HELP = 'train, save, load and look into a small AWM model'
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         'Trains a small AWM network on handwritten digits with alternating phases, saves it, loads it back and draws '
-        'its mixing weights. Offline, one to two minutes on two cores.')
+        'its mixing weights. Offline, in minutes on a CPU.')
     parser.epilog = 'Example: timm-awm demo --output my-demo --epochs 24'
-    parser.add_argument('--output', type=Path, default=Path('timm-awm-demo'), help='new folder (%(default)s)')
-    parser.add_argument('--epochs', type=positive_int, default=12, help='passes over the data (%(default)s)')
-    parser.add_argument('--period', type=int, default=2, help='epochs of a phase, 0 for joint training (%(default)s)')
-    parser.add_argument('--seed', type=int, default=0, help='random seed (%(default)s)')
+    parser.add_argument(
+        '--output', type=new_path, default='timm-awm-demo', metavar='FOLDER', help='new folder (default: %(default)s)')
+    parser.add_argument('--epochs', type=positive_int, default=12, help='number of epochs (default: %(default)s)')
+    parser.add_argument(
+        '--period', type=int, default=2, help='epochs of a phase, 0 for joint training (default: %(default)s)')
+    parser.add_argument('--seed', type=int, default=0, help='random seed (default: %(default)s)')
 
 
 def run(args: argparse.Namespace) -> None:
-    os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')  # read with torch; else other work makes it ten times slower
     try:
         from timm_awm import demo
     except ModuleNotFoundError as error:

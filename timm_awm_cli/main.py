@@ -9,15 +9,15 @@ import importlib
 import os
 import signal
 import sys
-import threading
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any, List, NoReturn, Optional
 
 __all__ = ['main']
 
 COMMANDS = dict(
     demo='demo', models='models', recipes='recipes', train='train', validate='script', benchmark='script',
-    compare='compare', analyze='analyze', explore='explore', export='export', push='push', pull='pull')
+    compare='compare', analyze='analyze', explore='explore', export='export', push='push')
 
 
 def main(args: Optional[List[str]] = None) -> int:
@@ -25,6 +25,8 @@ def main(args: Optional[List[str]] = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, 'reconfigure'):  # a console that is not UTF-8 must not end a run of hours
             stream.reconfigure(errors='backslashreplace')
+    # read with torch: threads that wait by spinning make networks several times slower beside other work
+    os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
     parser, modules = _parser()
     parsed, rest = parser.parse_known_args(args)
     module = modules[parsed.command]
@@ -33,7 +35,6 @@ def main(args: Optional[List[str]] = None) -> int:
     elif rest:
         parser.error(f'unrecognized arguments: {" ".join(rest)}')
     previous_handler = signal.signal(signal.SIGTERM, _terminate)  # so that a command cleans up behind itself
-    previous_hook, sys.unraisablehook = sys.unraisablehook, _send_again
     try:
         module.run(parsed)
     except KeyboardInterrupt:
@@ -43,7 +44,6 @@ def main(args: Optional[List[str]] = None) -> int:
         print(f'timm-awm: {error}', file=sys.stderr)
         return 1
     finally:
-        sys.unraisablehook = previous_hook
         signal.signal(signal.SIGTERM, previous_handler)
     return 0
 
@@ -69,18 +69,17 @@ def _terminate(*_: Any) -> NoReturn:
     sys.exit(143)
 
 
-def _send_again(ignored: Any) -> None:
-    """Sends a signal again if its exception was ignored, as it is in a destructor or a weak reference's callback."""
-    numbers = {SystemExit: signal.SIGTERM, KeyboardInterrupt: signal.SIGINT}
-    if ignored.exc_type in numbers:
-        threading.Timer(0.1, os.kill, [os.getpid(), numbers[ignored.exc_type]]).start()  # when the destructor is left
-    else:
-        sys.__unraisablehook__(ignored)
-
-
 def positive_int(text: str) -> int:
     """For the type of an argument."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f'must be at least 1, got {value}')
     return value
+
+
+def new_path(text: str) -> Path:
+    """For the type of an argument: an output, which must not exist yet."""
+    path = Path(text)
+    if path.exists():
+        raise argparse.ArgumentTypeError(f'{path} exists already: remove it, or choose another path')
+    return path

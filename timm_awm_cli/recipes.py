@@ -1,34 +1,39 @@
-"""`timm-awm recipes`: list, show or copy recipes for training."""
+"""`timm-awm recipes`: list recipes for training."""
+import fnmatch
 from argparse import ArgumentParser, Namespace
+from typing import Dict, List
 
-HELP = 'list, show or copy recipes for training'
+import yaml
+
+from . import scripts
+
+HELP = 'list recipes for training'
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    parser.description = 'Lists the recipes, shows one, or copies one to be changed.'
-    parser.epilog = (
-        "Example: timm-awm recipes 'imagenet/*'; timm-awm recipes --show cifar10/awm_resnet20_cifar; "
-        'timm-awm recipes --copy cifar10/awm_resnet20_cifar mine.yaml')
-    parser.add_argument('pattern', nargs='?', default='*', help='wildcard for names (%(default)s)')
-    action = parser.add_mutually_exclusive_group()
-    action.add_argument('--show', metavar='RECIPE', help='print a recipe')
-    action.add_argument('--copy', metavar=('RECIPE', 'FILE'), nargs=2, help='copy a recipe to a new file')
+    parser.description = 'Lists the recipes, where they lie, and the flags that make the plain control of each.'
+    parser.epilog = "Example: timm-awm recipes 'imagenet/*'"
+    parser.add_argument('pattern', nargs='?', default='*', help='wildcard for names (default: all)')
 
 
 def run(args: Namespace) -> None:
-    import fnmatch
+    recipes = scripts.recipes()
+    names = fnmatch.filter(recipes, args.pattern)
+    if not names:
+        raise ValueError(f'No recipe is called {args.pattern!r}; without a pattern all are listed.')
+    controls: Dict[str, List[str]] = {}
+    for name in names:
+        text = recipes[name].read_text(encoding='utf-8')
+        controls.setdefault(control_flags(text), []).append(name)
+        print(f'{name:<{max(map(len, names))}}  {text.splitlines()[0].removeprefix("# ")}')
+    print(f'\nFiles: {recipes[names[0]].parents[1]}/NAME.yaml, to read or to copy\n'
+          'Start: timm-awm train -c NAME\nPlain control: the same with these flags')
+    for flags, of in controls.items():
+        print(f'  {flags}{f"   ({of[0]})" if len(of) == 1 else ""}')
 
-    from timm_awm import scripts
-    if args.show is not None:
-        print(scripts.find_recipe(args.show).read_text(encoding='utf-8'), end='')
-    elif args.copy:
-        name, goal = args.copy
-        recipe = scripts.find_recipe(name).read_bytes()
-        with open(goal, 'xb') as file:
-            file.write(recipe)
-        print(f'{goal}: start it with timm-awm train -c {goal}')
-    else:
-        names = fnmatch.filter(scripts.recipes(), args.pattern)
-        if not names:
-            raise ValueError(f'No recipe is called {args.pattern!r}; without a pattern all are listed.')
-        print('\n'.join(names))
+
+def control_flags(recipe: str) -> str:
+    """The flags that make a recipe its control: the plain network, with the optimizer that AWM wraps."""
+    kwargs = yaml.safe_load(recipe)['opt_kwargs']
+    rest = (f' {key}={value}' for key, value in kwargs.items() if key not in ('base', 'period'))
+    return f'--opt {kwargs["base"]} --model-kwargs awm=False --opt-kwargs{"".join(rest)}'

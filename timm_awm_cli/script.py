@@ -1,5 +1,8 @@
 """`timm-awm validate` and `timm-awm benchmark`: timm's own scripts with the models of timm_awm."""
-from argparse import ArgumentParser, Namespace
+from argparse import SUPPRESS, ArgumentParser, Namespace
+from typing import Any, Dict, Sequence
+
+from . import scripts
 
 TAKES_REST = True
 
@@ -9,6 +12,9 @@ EXAMPLES = {
                 '--num-classes 10 --dataset hfds/uoft-cs/cifar10 --input-key img --target-key label --split test',
     'benchmark': 'timm-awm benchmark --model awm_resnet50 --bench train -b 64 --amp',
 }
+RUN_WITH_PLUGIN = (
+    'import os, runpy, sys; del sys.argv[0]; sys.path[0] = os.path.dirname(os.path.abspath(sys.argv[0])); '
+    'import timm_awm; runpy.run_path(sys.argv[0], run_name="__main__")')
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -18,13 +24,30 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def describe(parser: ArgumentParser, name: str, example: str) -> None:
     parser.description = (
-        f"Runs timm's own {name}.py, unmodified, with timm_awm loaded. Without --script it is taken from the folder of "
-        'TIMM_TRAIN_SCRIPT, the working directory or the cache, or downloaded. All other arguments are those of '
-        f'{name}.py: timm-awm {name} -- --help shows them.')
+        f"Runs timm's own {name}.py, unmodified, with timm_awm loaded, and on the CPU if there is no GPU. All other "
+        f'arguments are those of {name}.py: timm-awm {name} -- --help shows them.')
     parser.epilog = f'Example: {example}'
-    parser.add_argument('--script', metavar='FILE', help=f"timm's {name}.py")
+    parser.add_argument(
+        '--script', metavar='FILE',
+        help=f"timm's {name}.py or its folder (default: from TIMM_TRAIN_SCRIPT, the working directory or the cache, or "
+             'downloaded)')
+
+
+def given_flags(args: Sequence[str], *dicts: str) -> Dict[str, Any]:
+    """The flags among a script's arguments that decide what is added to them, and those that take NAME=VALUE."""
+    parser = ArgumentParser(add_help=False, allow_abbrev=False, argument_default=SUPPRESS)
+    single = 'dataset', 'data-dir', 'train-split', 'val-split', 'class-map', 'num-classes', 'device', 'start-epoch'
+    for flag in single:
+        parser.add_argument(f'--{flag}')
+    parser.add_argument('-j', '--workers')
+    for name in dicts:
+        parser.add_argument(f'--{name.replace("_", "-")}', nargs='*')
+    return vars(parser.parse_known_args(args)[0])
 
 
 def run(args: Namespace) -> None:
-    from timm_awm import scripts
-    scripts.run_with_plugin(scripts.find_script(args.command, args.script), args.rest)
+    script = scripts.find_script(args.command, args.script)
+    flags = scripts.device_flags(given_flags(args.rest))
+    if args.command == 'benchmark':
+        del flags[2:]  # it loads no data
+    scripts.become(['-c', RUN_WITH_PLUGIN, str(script), *flags, *args.rest])  # they have no --device-modules
