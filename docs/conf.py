@@ -7,6 +7,10 @@ import re
 import tomllib
 from pathlib import Path
 
+from sphinx.errors import ExtensionError
+
+import timm_awm
+
 ROOT = Path(__file__).parents[1]
 SOURCE = tomllib.loads((ROOT / 'pyproject.toml').read_text(encoding='utf-8'))['project']['urls'].get('Source', '')
 NAVIGATION = {
@@ -25,12 +29,14 @@ exclude_patterns = ['.*', 'build', 'dist', 'output']  # not walked through
 
 html_theme = 'furo'
 html_title = 'timm_awm'
+html_static_path, html_css_files = ['site.css'], ['site.css']
 if SOURCE:
     html_theme_options = {'source_repository': SOURCE, 'source_branch': 'main', 'source_directory': ''}
 
+highlight_language = 'none'  # where a page does not name one
 default_role = 'py:obj'  # a name in backticks leads to its docstring, if it has one here
 autodoc_member_order = 'bysource'
-autodoc_default_options = {'undoc-members': True}
+autodoc_inherit_docstrings = False
 python_maximum_signature_line_length = 100
 napoleon_numpy_docstring = False
 
@@ -40,12 +46,14 @@ nb_execution_mode = 'force'  # CI runs the notebook so; -D nb_execution_mode=off
 nb_execution_in_temp = True
 nb_execution_raise_on_error = True
 nb_execution_timeout = 600
+nb_merge_streams = True
 nb_output_stderr = 'remove'
 
 
 def setup(app):
     app.connect('source-read', adapt)
-    app.connect('build-finished', write_index)
+    app.connect('autodoc-skip-member', skip_field)
+    app.connect('build-finished', finish)
 
 
 def adapt(app, docname, source):
@@ -64,6 +72,13 @@ def adapt(app, docname, source):
             source[0] += '\n'.join(['\n```{toctree}', ':hidden:', f':caption: {caption}', '', *pages, '```', ''])
 
 
-def write_index(app, error):
-    if app.builder.format == 'html':
-        Path(app.outdir, 'index.html').write_text('<meta http-equiv="refresh" content="0; url=README.html">\n')
+def skip_field(app, what, name, obj, skip, options):
+    """Fields of named tuples stand in the signature already."""
+    return True if 'Alias for field number' in (obj.__doc__ or '') else None
+
+
+def finish(app, error):
+    Path(app.outdir, 'index.html').write_text('<meta http-equiv="refresh" content="0; url=README.html">\n')
+    missing = {f'timm_awm.{name}' for name in timm_awm.__all__} - app.env.domains.python_domain.objects.keys()
+    if missing and not error:
+        raise ExtensionError(f'docs/api.md lacks {sorted(missing)}: is there a docstring?')
