@@ -17,7 +17,7 @@ __all__ = ['main']
 
 COMMANDS = dict(
     demo='demo', models='models', recipes='recipes', train='train', validate='script', benchmark='script',
-    compare='compare', analyze='analyze', explore='explore', export='export', push='push', pull='pull')
+    compare='compare', analyze='analyze', explore='explore', export='export', push='push')
 
 
 def main(args: Optional[List[str]] = None) -> int:
