@@ -60,7 +60,11 @@ def changed(folder, goal, **changes):
 
 
 def config_with(folder, **changes):
-    return json.dumps({**json.loads((folder / 'config.json').read_text()), **changes}).encode()
+    return json.dumps({**read_config(folder), **changes}).encode()
+
+
+def read_config(folder):
+    return json.loads((folder / 'config.json').read_text())
 
 
 def same(model, state_dict):
@@ -130,7 +134,7 @@ def test_load_takes_no_pickles(hub, folder, tmp_path):
     del repo.branches['main']['model.safetensors']  # timm would take the other
     with pytest.raises(EntryNotFoundError, match='model.safetensors'):
         timm.create_model('hf-hub:me/net', pretrained=True)
-    assert not any('pytorch_model' in path for _, path in hub.requests)
+    assert not any('pytorch_model' in path for path in hub.requests)
     overlay = dict(hf_hub_filename=pickled.name)  # asked for
     assert same(timm.create_model('hf-hub:me/net', pretrained=True, pretrained_cfg_overlay=overlay), state_dict)
     own = changed(folder, tmp_path / 'own', **{'pytorch_model.bin': save(create(MODEL, seed=1).state_dict())})
@@ -148,7 +152,7 @@ def test_load_takes_no_pickles(hub, folder, tmp_path):
 def test_the_number_of_classes_stands_only_at_the_top(make, tmp_path):
     model = make().eval()
     save_for_hub(model, tmp_path / 'out')
-    config = json.loads((tmp_path / 'out' / 'config.json').read_text())
+    config = read_config(tmp_path / 'out')
     assert config['num_classes'] == 7 and 'num_classes' not in config['model_args']  # transformers refuses it twice
     assert torch.equal(load_folder(tmp_path / 'out').eval()(images()), model(images()))
 
@@ -197,10 +201,6 @@ def test_a_broken_folder(how, folder, tmp_path):
     if how == 'truncated':
         with pytest.raises(RuntimeError, match='no whole safetensors file'):
             timm.create_model(f'local-dir:{own}', pretrained=True)
-
-
-def read_config(folder):
-    return json.loads((folder / 'config.json').read_text())
 
 
 def test_saved_again_it_says_the_same_of_its_weights(tmp_path):
@@ -352,9 +352,8 @@ LOGIN, AGAIN = 'hf auth login', 'Try again'
 
 
 @pytest.mark.parametrize('repo_id, fault, said', [
-    ('me/net', ('POST', '/preupload/', 403), LOGIN), ('me/net', ('POST', '/commit/', 401), LOGIN),
-    ('me/net', ('POST', '/commit/', 500), AGAIN), ('me/net', ('POST', 'repos/create', 429), AGAIN),
-    ('me/net', ('POST', '/commit/', 413), ''), ('you/net', None, LOGIN),
+    ('me/net', ('/preupload/', 403), LOGIN), ('me/net', ('/commit/', 401), LOGIN), ('you/net', None, LOGIN),
+    ('me/net', ('/commit/', 500), AGAIN), ('me/net', ('repos/create', 429), AGAIN), ('me/net', ('/commit/', 413), ''),
     ('me/net/x', None, "must be in the form 'repo_name' or 'namespace/repo_name'"),
     ('me/my net', None, 'must use alphanumeric chars'),
 ])
@@ -434,7 +433,7 @@ def test_export_of_a_run(run, tmp_path, capsys):
     assert main(['export', str(run), str(folder)]) == 0
     model = load_folder(folder)
     assert same(model, state(run, 'last.pth.tar', 'state_dict_ema'))
-    config = json.loads((folder / 'config.json').read_text())
+    config = read_config(folder)
     cfg = config['pretrained_cfg']
     assert config['model_args']['awm_hidden'] == 5 and config['model_args']['global_pool'] == 'max'
     assert cfg['mean'] == [0.1, 0.2, 0.3] and cfg['interpolation'] == 'bilinear' and cfg['input_size'] == [3, 40, 40]
@@ -445,7 +444,6 @@ def test_export_of_a_run(run, tmp_path, capsys):
         assert str(tmp_path).encode() not in content and b'private' not in content
     args = yaml.safe_load((folder / 'args.yaml').read_text())
     assert args['data_dir'] == 'flowers' and 'resume' not in args and args['lr'] == 0.1
-    assert 'Private, so left out of args.yaml or cut to the last part of a path: data_dir' in capsys.readouterr().out
     assert (folder / 'summary.csv').read_bytes() == (run / 'summary.csv').read_bytes()
     assert accuracies(folder) == [('validation', 60.0)] and card_of(folder).data.datasets is None
     text = card_of(folder).text
@@ -475,9 +473,6 @@ def change(run, **changes):
     (run / 'args.yaml').write_text(yaml.safe_dump({**args, **changes}))
 
 
-PRIVATE = 'data', 'data_dir', 'class_map', 'initial_checkpoint', 'pretrained_path', 'output', 'resume'
-
-
 def test_only_results_of_the_same_weights(run, tmp_path):
     elsewhere = tmp_path / 'last.pth.tar'
     for i, checkpoint in enumerate((elsewhere, run / 'recovery-2-5.pth.tar')):
@@ -504,34 +499,33 @@ def test_licence(changes, given, expected, run, tmp_path):
     export_run(run, tmp_path / 'out', license=given)
     card = card_of(tmp_path / 'out')
     assert card.data.license == expected
-    assert json.loads((tmp_path / 'out' / 'config.json').read_text())['pretrained_cfg'].get('license') == expected
+    assert read_config(tmp_path / 'out')['pretrained_cfg'].get('license') == expected
     assert card.data.base_model == ('timm/resnet18.tv_in1k' if 'model' in changes else None)
 
 
 @pytest.mark.parametrize('value, expected', [
     ('/home/me/data', 'data'), ('/Users/Alice Smith/data/', 'data'), ('~/x/data', 'data'), ('../../me/data', 'data'),
     ('$HOME/me/data', 'data'), ('C:\\Users\\me\\data', 'data'), ('.', Path.cwd().name),
-    ('https://me:key@a.b/c', 'private'), ('https://a.b/c/data?sig=key', 'private'), ("pipe:curl https://a/b -H 'Authorization:Bearer key'", 'private')])
-def test_public_args(value, expected):
-    args = dict(
-        model=f'local-dir:{value}', dataset=f'wds/{value}', lr=0.1, train_split='train[:9]', wandb_project='x',
-        **dict.fromkeys(PRIVATE, value))
-    assert public_args(args) == dict(
-        model=f'local-dir:{expected}', dataset=f'wds/{expected}', lr=0.1, train_split='train[:9]',
-        **dict.fromkeys([key for key in PRIVATE if key != 'resume'], expected))
-    for dataset in 'hfds/uoft-cs/cifar10', '', 'torch/cifar10':
-        assert public_args(dict(args, dataset=dataset, model='hf-hub:me/net')).items() >= dict(
-            dataset=dataset, model='hf-hub:me/net').items()
-
-
-def test_no_secret_in_any_file(run, tmp_path, capsys):
-    change(
-        run, data_dir="pipe:curl -H 'Authorization:Bearer SECRET' https://a.b/t.tar", dataset='wds/https://SECRET@a.b',
-        class_map='https://me:SECRET@a.b/c.txt', pretrained_path='https://a.b/w.pth?X-Amz-Signature=SECRET')
+    ('https://me:SECRET@a.b/c', 'private'), ('https://a.b/w.pth?X-Amz-Signature=SECRET', 'private'),
+    ("pipe:curl -H 'Authorization:Bearer SECRET' https://a.b/c", 'private')])
+def test_no_path_and_no_secret_in_any_file(value, expected, run, tmp_path, capsys):
+    paths = 'data', 'data_dir', 'class_map', 'initial_checkpoint', 'pretrained_path', 'output'
+    changes = dict(dict.fromkeys(paths, value), dataset=f'wds/{value}', kd_model_name=f'local-dir:{value}')
+    change(run, **changes, wandb_project=value)
     export_run(run, tmp_path / 'out')
-    assert not [name for name, content in files(tmp_path / 'out').items() if b'SECRET' in content]
-    printed = capsys.readouterr().out
-    assert 'class_map, data_dir, dataset, output, pretrained_path, resume' in printed and 'SECRET' not in printed
+    args = yaml.safe_load((tmp_path / 'out' / 'args.yaml').read_text())
+    assert {key: args[key] for key in changes} == dict(
+        dict.fromkeys(paths, expected), dataset=f'wds/{expected}', kd_model_name=f'local-dir:{expected}')
+    assert not {'resume', 'wandb_project'} & args.keys()
+    for content in files(tmp_path / 'out').values():
+        assert value == '.' or not any(text in content for text in (b'SECRET', value.encode()))
+    assert 'or cut to the last part of a path: class_map, data, data_dir, dataset, ' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('dataset', ['hfds/uoft-cs/cifar10', 'torch/cifar10', '', None])
+def test_public_names_stay(dataset):
+    args = dict(dataset=dataset, model='hf-hub:me/net', lr=0.1, train_split='train[:9]', kd_model_name=None)
+    assert public_args(args) == args
 
 
 def test_results_of_validate_script(run, tmp_path, capsys):
@@ -553,10 +547,10 @@ def test_label_names_given_or_unknown(run, tmp_path, capsys):
     change(run, data_dir='gone')
     export_run(run, tmp_path / 'unknown')
     assert 'Label names: not known' in capsys.readouterr().out
-    assert 'label_names' not in json.loads((tmp_path / 'unknown' / 'config.json').read_text())
+    assert 'label_names' not in read_config(tmp_path / 'unknown')
     (tmp_path / 'names.txt').write_text('a\r\nb\r\nc\r\n', encoding='utf-8-sig', newline='')  # as Windows saves it
     assert main(['export', str(run), str(tmp_path / 'out'), '--label-names', str(tmp_path / 'names.txt')]) == 0
-    assert json.loads((tmp_path / 'out' / 'config.json').read_text())['label_names'] == ['a', 'b', 'c']
+    assert read_config(tmp_path / 'out')['label_names'] == ['a', 'b', 'c']
 
 
 def test_export_of_a_grey_run(run, tmp_path):
@@ -571,21 +565,17 @@ def test_export_of_a_grey_run(run, tmp_path):
     torch.testing.assert_close(pixels, torch.full((1, 40, 40), (0.2 - mean) / std))
 
 
-def test_label_names_of_torchvisions_data(run, tmp_path):
+def test_label_names_of_data_sets_of_other_kinds(run, tmp_path):
     change(run, dataset='torch/image_folder')
-    export_run(run, tmp_path / 'out')
-    names = json.loads((tmp_path / 'out' / 'config.json').read_text())['label_names']
-    assert names == ['daisy', 'rose', 'tulip']
-
-
-def test_label_names_of_parquet_files(run, tmp_path):
+    export_run(run, tmp_path / 'torchvision')
+    assert read_config(tmp_path / 'torchvision')['label_names'] == ['daisy', 'rose', 'tulip']
     names = ['tulip', 'rose', 'daisy']
     features = datasets.Features(image=datasets.Image(), kind=datasets.ClassLabel(names=names))
     data = datasets.Dataset.from_dict(dict(image=[Image.new('RGB', (2, 2))], kind=[0]), features)
     data.to_parquet(tmp_path / 'data' / 'train-00000-of-00001.parquet')
     change(run, dataset=f'hfds/{tmp_path}/data', target_key='kind')
     export_run(run, tmp_path / 'out')
-    assert json.loads((tmp_path / 'out' / 'config.json').read_text())['label_names'] == names
+    assert read_config(tmp_path / 'out')['label_names'] == names
 
 
 @pytest.mark.parametrize('break_it, said', [

@@ -1,7 +1,7 @@
 """The model card of a Hub folder."""
 from importlib.metadata import PackageNotFoundError, metadata
 from pathlib import Path
-from typing import Any, Mapping, NamedTuple, Optional, Sequence
+from typing import Any, Mapping, NamedTuple
 
 import timm
 import torch
@@ -18,9 +18,8 @@ TEMPLATE = Path(__file__).with_name('card.md')
 OWNER = 'OWNER'  # stands there for the publisher
 SETTINGS = (
     'model', 'model_kwargs', 'pretrained', 'opt', 'opt_kwargs', 'epochs', 'batch_size', 'grad_accum_steps', 'lr',
-    'sched', 'decay_milestones', 'decay_rate', 'min_lr', 'warmup_epochs', 'momentum', 'weight_decay', 'clip_grad',
-    'train_crop_mode', 'hflip', 'color_jitter', 'aa', 'reprob', 'mixup', 'cutmix', 'smoothing', 'bce_loss', 'drop',
-    'drop_path', 'model_ema', 'amp', 'amp_dtype')
+    'sched', 'decay_milestones', 'warmup_epochs', 'momentum', 'weight_decay', 'train_crop_mode', 'aa', 'reprob',
+    'mixup', 'cutmix', 'smoothing', 'drop', 'drop_path', 'model_ema', 'amp', 'amp_dtype', 'seed')
 
 
 class Measured(NamedTuple):
@@ -31,71 +30,52 @@ class Measured(NamedTuple):
     source: str
 
 
-def write_card(
-        folder: Path,
-        model: nn.Module,
-        config: Mapping[str, Any],
-        args: Optional[Mapping[str, Any]] = None,
-        data: str = '',
-        data_id: Optional[str] = None,
-        measured: Sequence[Measured] = (),
-        base_model: Optional[str] = None,
-        **facts: Any,
-) -> None:
+def write_card(folder: Path, model: nn.Module, config: Mapping[str, Any], **run: Any) -> None:
     """Writes the README.md of a Hub folder, of the name that the repository is to have.
 
     Args:
         folder: The Hub folder.
         model: The model in it.
         config: Its config.json.
-        args: The args.yaml of the run of train.py that it comes from; the rest is about that run.
-        data: Name of the data set.
-        data_id: Its repository on the Hub, if there is one.
-        measured: Accuracies of exactly these weights.
-        base_model: The repository whose weights the run started from.
-        facts: What else the template takes.
+        run: Facts about the run of train.py that it comes from, if it comes from one: public `args`; `data` and, if
+            that is on the Hub, `data_id`; `weights`, the file that they are from; `epoch` after which they were saved,
+            from 0; `measured`, a list; `best` top-1 accuracy of all epochs; `base_model` that it started from.
     """
-    cfg = config['pretrained_cfg']
+    args = run.get('args', {})
+    unused = {'amp_dtype': not args.get('amp'), 'decay_milestones': args.get('sched') != 'multistep'}
+    data_id, measured = run.get('data_id'), run.get('measured')
     card_data = ModelCardData(
         library_name='timm',
         pipeline_tag='image-classification',
         tags=['image-classification', 'timm', 'timm_awm', 'active-weighted-mapping'],
-        license=cfg.get('license'),
+        license=config['pretrained_cfg'].get('license'),
         model_name=folder.name,
         datasets=[data_id] if data_id else None,
-        base_model=base_model,
+        base_model=run.get('base_model'),
         metrics=['accuracy'] if measured else None,
+        eval_results=[
+            EvalResult(
+                task_type='image-classification',
+                dataset_type=data_id or run['data'],
+                dataset_name=run['data'],
+                dataset_split=m.split,
+                metric_type='accuracy',
+                metric_name='Top-1 accuracy, %',
+                metric_value=round(m.top1, 2),
+            ) for m in measured] if measured else None,
     )
-    card_data.eval_results = [
-        EvalResult(
-            task_type='image-classification',
-            dataset_type=data_id or data,
-            dataset_name=data,
-            dataset_split=m.split,
-            metric_type='accuracy',
-            metric_name='Top-1 accuracy, %',
-            metric_value=round(m.top1, 2),
-        ) for m in measured] or None
-    total, in_merges, merges = count_parameters(model)
-    args = args or {}
-    unused = {'amp_dtype': not args.get('amp'), 'decay_milestones': args.get('sched') != 'multistep'}
     ModelCard.from_template(
         card_data,
         template_str=TEMPLATE.read_text(encoding='utf-8'),
         name=folder.name,
         config=config,
-        cfg=cfg,
+        cfg=config['pretrained_cfg'],
         base=config.get('model_args', {}).get('base'),
+        counts=count_parameters(model),
         source=_source(),
-        total=total,
-        in_merges=in_merges,
-        merges=merges,
-        args=args,
-        data=data,
-        measured=measured,
         settings=[key for key in SETTINGS if not unused.get(key)],
         versions=dict(timm_awm=__version__, timm=timm.__version__, torch=torch.__version__),
-        **facts,
+        **run,
     ).save(folder / CARD)
 
 

@@ -126,11 +126,8 @@ def load_folder(folder: Union[str, Path]) -> nn.Module:
 
 
 def class_names(label_names: Optional[LabelNames], num_classes: int) -> List[str]:
-    """The name of every class, its index where there is none.
-
-    Args:
-        label_names: A list, or a dict by index, which JSON makes a string: the forms that timm takes.
-        num_classes: How many classes there are.
+    """The name of every class, its index where there is none, from a list or a dict by index, as timm takes them. In
+    JSON, such an index is a string.
 
     Raises:
         ValueError: There are names of other classes.
