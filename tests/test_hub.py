@@ -24,6 +24,7 @@ from timm_awm import convert
 from timm_awm.hub import export_run, load_folder, save_for_hub
 from timm_awm.hub.export import public_args
 from timm_awm.hub.folder import class_names
+from timm_awm.hub.training_run import TrainingRun
 from timm_awm_cli.main import main
 
 MODEL = 'awm_resnet14_cifar'
@@ -149,12 +150,21 @@ def test_load_takes_no_pickles(hub, folder, tmp_path):
     lambda: convert(create('resnet10t', num_classes=7)),
     lambda: create('awm_converted', away=True, base='resnet10t', num_classes=7),
 ], ids=['awm', 'plain', 'convert', 'converted'])
-def test_the_number_of_classes_stands_only_at_the_top(make, tmp_path):
-    model = make().eval()
+def test_saved_and_loaded(make, tmp_path):
+    model = make().to(memory_format=torch.channels_last)
     save_for_hub(model, tmp_path / 'out')
+    assert model.training and next(model.parameters()).is_contiguous(memory_format=torch.channels_last)  # as before
     config = read_config(tmp_path / 'out')
     assert config['num_classes'] == 7 and 'num_classes' not in config['model_args']  # transformers refuses it twice
-    assert torch.equal(load_folder(tmp_path / 'out').eval()(images()), model(images()))
+    assert same(load_folder(tmp_path / 'out'), model.state_dict())
+
+
+def test_a_changed_model_is_refused(tmp_path):
+    model = create(MODEL)
+    model.layer1[0].act1 = torch.nn.GELU()  # of which neither weights nor arguments tell
+    with pytest.raises(ValueError, match='a model of other outputs than this one'):
+        save_for_hub(model, tmp_path / 'out')
+    assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize('missing', ['(?!conv1.weight)', '(?!.*merge)', '.*merge.*weight2', 'fc', 'layer3.1.conv2'])
@@ -243,7 +253,9 @@ def torch_default(request):
     """A default for new tensors."""
     set_default = torch.set_default_device if isinstance(request.param, torch.device) else torch.set_default_dtype
     set_default(request.param)
+    before = torch.empty(0)
     yield
+    assert (torch.empty(0).dtype, torch.empty(0).device) == (before.dtype, before.device)
     set_default(None if isinstance(request.param, torch.device) else torch.float32)
 
 
@@ -257,13 +269,8 @@ def test_save_under_other_defaults_of_torch(tmp_path, run, torch_default):
     assert (tmp_path / 'exported' / 'README.md').is_file()
 
 
-def test_a_colleague_can_read_the_folder(tmp_path):
-    previous = os.umask(0o022)
-    try:
-        save_for_hub(create(MODEL), tmp_path / 'out')
-    finally:
-        os.umask(previous)
-    assert {path.stat().st_mode & 0o777 for path in (tmp_path / 'out').iterdir()} == {0o644}
+def test_a_colleague_can_read_the_weights(folder):
+    assert len({path.stat().st_mode for path in folder.iterdir()}) == 1  # safetensors by itself would hide them
 
 
 # --- push
@@ -283,8 +290,9 @@ def is_published(hub, folder, repo_id='me/net', revision='main'):
     return True
 
 
-def test_push(hub, folder, capsys):
-    assert push(folder, 'me/net') == push(folder, 'me/net') == 0  # nothing has changed
+def test_push(hub, folder, capsys, monkeypatch):
+    monkeypatch.chdir(folder)
+    assert push(folder, 'me/net') == push('.', 'me/net') == 0  # nothing has changed
     assert is_published(hub, folder) and hub.repos['me/net'].private and hub.repos['me/net'].commits == 1
     assert f'published: {hub.endpoint}/me/net/commit/' in capsys.readouterr().out
     assert same(timm.create_model('hf-hub:me/net', pretrained=True), load_folder(folder).state_dict())
@@ -471,6 +479,13 @@ def test_which_weights(flags, file, key, top1, run, tmp_path):
 def change(run, **changes):
     args = yaml.safe_load((run / 'args.yaml').read_text())
     (run / 'args.yaml').write_text(yaml.safe_dump({**args, **changes}))
+
+
+def test_summary_of_a_resumed_run(run):
+    text = (run / 'summary.csv').read_text()
+    (run / 'summary.csv').write_text(f'{text}{text.replace("60.0", "65.0")}')  # with its header and epochs again
+    assert {epoch: row['eval_top1'] for epoch, row in TrainingRun(run).summary.items()} == {
+        0: '50.0', 1: '70.0', 2: '65.0'}
 
 
 def test_only_results_of_the_same_weights(run, tmp_path):

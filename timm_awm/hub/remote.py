@@ -147,7 +147,8 @@ def _commit(
         del files[CARD]
         print(f'{repo_id} keeps its {CARD}, even if that is of earlier weights; --replace-card replaces it.')
     stale = set(filter_repo_objects(there, allow_patterns=ours)) - files.keys() - {CARD}
-    operations = [*(CommitOperationAdd(name, file) for name, file in files.items()), *map(CommitOperationDelete, stale)]
+    operations: List[Any] = [CommitOperationAdd(name, file) for name, file in files.items()]
+    operations += map(CommitOperationDelete, stale)
     commit = api.create_commit(repo_id, operations, repo_type=repo_type, revision=revision, **kwargs)
     return commit.pr_url or commit.commit_url
 
