@@ -2,8 +2,10 @@ import csv
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+from importlib.metadata import metadata
 from pathlib import Path
 
 import datasets
@@ -457,6 +459,8 @@ def test_export_of_a_run(run, tmp_path, capsys):
     text = card_of(folder).text
     assert text.index('import timm_awm') < text.index('timm.create_model') and '70.00 %' in text and '3 of 3' in text
     assert 'Unknown model (awm_resnet14_cifar)' in text and 'Jung' in text
+    urls = [url.partition(', ') for url in metadata('timm-awm').get_all('Project-URL')]
+    assert all(f'timm_awm ({url})' in text for name, _, url in urls if name == 'Source')
     assert f'{sum(p.numel() for p in model.parameters()):,}' in text
     assert '| validation | 60.00 | 92.00 | train.py, epoch 2 |' in text and 'pip install' not in text
     capsys.readouterr()
@@ -518,6 +522,18 @@ def test_licence(changes, given, expected, run, tmp_path):
     assert card.data.base_model == ('timm/resnet18.tv_in1k' if 'model' in changes else None)
 
 
+@pytest.mark.parametrize('pretrained, license', [(True, 'cc-by-nc-4.0'), (False, 'apache-2.0')])
+def test_a_run_from_a_hub_folder_claims_none_of_its_results(pretrained, license, run, tmp_path):
+    model = create(MODEL, num_classes=3, awm_hidden=5, global_pool='max')
+    cfg = dict(tag='t3', license='cc-by-nc-4.0', description='Mine.')
+    save_for_hub(model, tmp_path / 'start', pretrained_cfg=cfg, label_names=['cat', 'dog', 'cow'])
+    change(run, model=f'local-dir:{tmp_path}/start', model_kwargs={}, data_dir='gone', pretrained=pretrained)
+    export_run(run, tmp_path / 'out')
+    config = read_config(tmp_path / 'out')
+    assert config['pretrained_cfg']['license'] == license and 'label_names' not in config
+    assert 'tag' not in config['pretrained_cfg'] and 'trained on gone' in config['pretrained_cfg']['description']
+
+
 @pytest.mark.parametrize('value, expected', [
     ('/home/me/data', 'data'), ('/Users/Alice Smith/data/', 'data'), ('~/x/data', 'data'), ('../../me/data', 'data'),
     ('$HOME/me/data', 'data'), ('C:\\Users\\me\\data', 'data'), ('.', Path.cwd().name),
@@ -559,18 +575,21 @@ def test_results_of_validate_script(run, tmp_path, capsys):
 
 
 def test_label_names_given_or_unknown(run, tmp_path, capsys):
-    change(run, data_dir='gone')
-    export_run(run, tmp_path / 'unknown')
-    assert 'Label names: not known' in capsys.readouterr().out
-    assert 'label_names' not in read_config(tmp_path / 'unknown')
     (tmp_path / 'names.txt').write_text('a\r\nb\r\nc\r\n', encoding='utf-8-sig', newline='')  # as Windows saves it
     assert main(['export', str(run), str(tmp_path / 'out'), '--label-names', str(tmp_path / 'names.txt')]) == 0
     assert read_config(tmp_path / 'out')['label_names'] == ['a', 'b', 'c']
+    shutil.rmtree(tmp_path / 'private' / 'flowers' / 'validation' / 'rose')
+    for name, changes in ('two-classes', {}), ('gone', dict(data_dir='gone')):
+        change(run, **changes)
+        export_run(run, tmp_path / name)
+        assert 'Label names: not known' in capsys.readouterr().out
+        assert 'label_names' not in read_config(tmp_path / name)
 
 
-def test_export_of_a_grey_run(run, tmp_path):
+@pytest.mark.parametrize('changes', [dict(in_chans=1), dict(input_size=[1, 40, 40])], ids=str)
+def test_export_of_a_grey_run(changes, run, tmp_path):
     """Normalised as timm's loader does it: by the mean of what is stated for the colours."""
-    change(run, in_chans=1, mean=None, std=None)
+    change(run, mean=None, std=None, **changes)
     model = create(MODEL, away=True, num_classes=3, awm_hidden=5, global_pool='max', in_chans=1)
     torch.save(dict(epoch=2, state_dict=model.state_dict()), run / 'last.pth.tar')
     export_run(run, tmp_path / 'out')
@@ -580,7 +599,7 @@ def test_export_of_a_grey_run(run, tmp_path):
     torch.testing.assert_close(pixels, torch.full((1, 40, 40), (0.2 - mean) / std))
 
 
-def test_label_names_of_data_sets_of_other_kinds(run, tmp_path):
+def test_label_names_of_data_sets_of_other_kinds(run, tmp_path, monkeypatch):
     change(run, dataset='torch/image_folder')
     export_run(run, tmp_path / 'torchvision')
     assert read_config(tmp_path / 'torchvision')['label_names'] == ['daisy', 'rose', 'tulip']
@@ -588,9 +607,10 @@ def test_label_names_of_data_sets_of_other_kinds(run, tmp_path):
     features = datasets.Features(image=datasets.Image(), kind=datasets.ClassLabel(names=names))
     data = datasets.Dataset.from_dict(dict(image=[Image.new('RGB', (2, 2))], kind=[0]), features)
     data.to_parquet(tmp_path / 'data' / 'train-00000-of-00001.parquet')
-    change(run, dataset=f'hfds/{tmp_path}/data', target_key='kind')
+    monkeypatch.chdir(tmp_path)
+    change(run, dataset='hfds/data', target_key='kind')  # a folder, though it could be the name of one on the Hub
     export_run(run, tmp_path / 'out')
-    assert read_config(tmp_path / 'out')['label_names'] == names
+    assert read_config(tmp_path / 'out')['label_names'] == names and card_of(tmp_path / 'out').data.datasets is None
 
 
 @pytest.mark.parametrize('break_it, said', [
