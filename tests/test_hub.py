@@ -405,7 +405,7 @@ def run(tmp_path):
     args = dict(
         model=MODEL, model_kwargs=dict(awm_hidden=5), num_classes=3, dataset='', data_dir=str(data),
         train_split='train', val_split='validation', epochs=3, opt='alternating',
-        opt_kwargs=dict(base='sgd', period=1), lr=0.1, model_ema=True,
+        opt_kwargs=dict(base='sgd', period=1), lr=0.1, model_ema=True, amp=False, amp_dtype='float16',
         mean=[0.1, 0.2, 0.3], std=[0.5, 0.5, 0.5], interpolation='bilinear', img_size=40, gp='max', seed=0,
         output=str(tmp_path / 'private' / 'out'), initial_checkpoint='', pretrained=False, resume='~/old/last.pth.tar')
     path.mkdir()
@@ -461,7 +461,7 @@ def test_export_of_a_run(run, tmp_path, capsys):
     assert 'Unknown model (awm_resnet14_cifar)' in text and 'Jung' in text
     urls = [url.partition(', ') for url in metadata('timm-awm').get_all('Project-URL')]
     assert all(f'timm_awm ({url})' in text for name, _, url in urls if name == 'Source')
-    assert f'{sum(p.numel() for p in model.parameters()):,}' in text
+    assert f'{sum(p.numel() for p in model.parameters()):,}' in text and 'amp_dtype' not in text  # which was not used
     assert '| validation | 60.00 | 92.00 | train.py, epoch 2 |' in text and 'pip install' not in text
     capsys.readouterr()
     assert main(['export', 'gone', str(folder)]) == 1  # the output is looked at first
@@ -481,8 +481,9 @@ def test_which_weights(flags, file, key, top1, run, tmp_path):
 
 
 def change(run, **changes):
-    args = yaml.safe_load((run / 'args.yaml').read_text())
-    (run / 'args.yaml').write_text(yaml.safe_dump({**args, **changes}))
+    """As an editor of Windows saves it."""
+    args = yaml.safe_load((run / 'args.yaml').read_text(encoding='utf-8-sig'))
+    (run / 'args.yaml').write_text(yaml.safe_dump({**args, **changes}), encoding='utf-8-sig')
 
 
 def test_summary_of_a_resumed_run(run):
@@ -560,8 +561,8 @@ def test_public_names_stay(dataset):
 
 
 def test_results_of_validate_script(run, tmp_path, capsys):
-    (tmp_path / 'test.json').write_text(json.dumps(dict(model=MODEL, top1=61.25, top5=95.5)))
-    (tmp_path / 'test.csv').write_text(f'model,top1,top5\n{MODEL},61.25,95.5\n')
+    (tmp_path / 'test.json').write_text(json.dumps(dict(model=MODEL, top1=61.25, top5=95.5)), encoding='utf-8-sig')
+    (tmp_path / 'test.csv').write_text(f'top1,top5,model\n61.25,95.5,{MODEL}\n', encoding='utf-8-sig')
     for name in ('test.json', 'test.csv'):
         out = tmp_path / f'out-{name}'
         assert main(['export', str(run), str(out), '--results', f'test={tmp_path / name}']) == 0
@@ -593,6 +594,7 @@ def test_export_of_a_grey_run(changes, run, tmp_path):
     model = create(MODEL, away=True, num_classes=3, awm_hidden=5, global_pool='max', in_chans=1)
     torch.save(dict(epoch=2, state_dict=model.state_dict()), run / 'last.pth.tar')
     export_run(run, tmp_path / 'out')
+    assert 'a PIL image of mode L' in card_of(tmp_path / 'out').text
     data = timm.data.resolve_data_config({}, model=load_folder(tmp_path / 'out'))
     pixels = timm.data.create_transform(**data)(Image.new('L', (40, 40), 51))
     mean, std = (sum(model.pretrained_cfg[name]) / 3 for name in ('mean', 'std'))
