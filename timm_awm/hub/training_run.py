@@ -35,7 +35,7 @@ class TrainingRun:
         """The arguments of train.py, from args.yaml."""
         path = self.folder / 'args.yaml'
         try:
-            args = yaml.safe_load(path.read_text(encoding='utf-8-sig'))
+            args = yaml.safe_load(path.read_text(encoding='utf-8'))
             args['model']
         except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError) as error:
             raise ValueError(f'{path} is not what train.py writes: {error!r}') from error
@@ -47,7 +47,7 @@ class TrainingRun:
         one counts."""
         path = self.folder / 'summary.csv'
         try:
-            with path.open(newline='', encoding='utf-8-sig') as file:
+            with path.open(newline='', encoding='utf-8') as file:
                 return {int(row['epoch']): row for row in csv.DictReader(file) if row['epoch'] != 'epoch'}
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f'{path} is not what train.py writes: {error!r}') from error
