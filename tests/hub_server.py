@@ -200,7 +200,7 @@ def _json(value: Any, status: int = 200) -> Answer:
 
 
 def _sha1(content: bytes) -> str:
-    return hashlib.sha1(b'blob %d\0' % len(content) + content).hexdigest()  # as git has it
+    return hashlib.sha1(b'blob %d\0' % len(content) + content).hexdigest()  # git's own
 
 
 def _commit_id(files: Dict[str, bytes]) -> str:

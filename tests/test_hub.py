@@ -45,7 +45,7 @@ def folder(tmp_path_factory):
     """A Hub folder."""
     path = tmp_path_factory.mktemp('folders') / NAME
     save_for_hub(create(MODEL, away=True), path, pretrained_cfg=dict(tag='t3_c10', license='mit'))
-    (path / 'lambda.json').write_text('{}')  # of timm-awm analyze
+    (path / 'lambda.json').write_text('{}')  # written by timm-awm analyze
     return path
 
 
@@ -122,7 +122,7 @@ def test_pretrained_is_the_plain_checkpoint(name, hub, unfused):
 def test_pretrained_path_of_train_script(tmp_path):
     plain = timm.create_model('resnet18', num_classes=3)
     (tmp_path / 'plain.safetensors').write_bytes(save(plain.state_dict()))
-    overlay = dict(file=str(tmp_path / 'plain.safetensors'), num_classes=-1)  # as train.py has it
+    overlay = dict(file=str(tmp_path / 'plain.safetensors'), num_classes=-1)  # train.py gives this
     model = timm.create_model('awm_resnet18', pretrained=True, num_classes=5, pretrained_cfg_overlay=overlay)
     assert torch.equal(model.layer4[1].conv2.weight, plain.layer4[1].conv2.weight)
 
@@ -155,7 +155,7 @@ def test_load_takes_no_pickles(hub, folder, tmp_path):
 def test_saved_and_loaded(make, tmp_path):
     model = make().to(memory_format=torch.channels_last)
     save_for_hub(model, tmp_path / 'out')
-    assert model.training and next(model.parameters()).is_contiguous(memory_format=torch.channels_last)  # as before
+    assert model.training and next(model.parameters()).is_contiguous(memory_format=torch.channels_last)  # unchanged
     config = read_config(tmp_path / 'out')
     assert config['num_classes'] == 7 and 'num_classes' not in config['model_args']  # transformers refuses it twice
     assert same(load_folder(tmp_path / 'out'), model.state_dict())
@@ -163,7 +163,7 @@ def test_saved_and_loaded(make, tmp_path):
 
 def test_a_changed_model_is_refused(tmp_path):
     model = create(MODEL)
-    model.layer1[0].act1 = torch.nn.GELU()  # of which neither weights nor arguments tell
+    model.layer1[0].act1 = torch.nn.GELU()  # neither weights nor arguments tell of it
     with pytest.raises(ValueError, match='a model of other outputs than this one'):
         save_for_hub(model, tmp_path / 'out')
     assert not any(tmp_path.iterdir())
@@ -173,7 +173,7 @@ def test_a_changed_model_is_refused(tmp_path):
 @pytest.mark.parametrize('weakened', [
     dict(model_args=dict(pretrained_strict=False)), dict(num_classes=11, model_args=dict(num_classes=10)), dict()])
 def test_a_part_of_the_weights(missing, weakened, folder, tmp_path):
-    """What pretrained_strict=False or another number of classes would let pass without a word."""
+    """Checkpoints that pretrained_strict=False or another number of classes would let pass without a word."""
     tensors = load_file(folder / 'model.safetensors')
     part = save({k: v for k, v in tensors.items() if not re.match(missing, k)})
     own = changed(
@@ -216,7 +216,7 @@ def test_a_broken_folder(how, folder, tmp_path):
 
 
 def test_saved_again_it_says_the_same_of_its_weights(tmp_path):
-    """What timm's own save_for_hf keeps; a model with other weights claims nothing of timm's."""
+    """It keeps what timm's own save_for_hf keeps; a model with other weights claims nothing of timm's."""
     cfg, names = dict(license='cc-by-nc-4.0', tag='t3', description='Mine.'), ['cat', 'dog', 'cow']
     save_for_hub(create(MODEL, num_classes=3), tmp_path / '1', pretrained_cfg=cfg, label_names=names)
     loaded = load_folder(tmp_path / '1')
@@ -247,7 +247,7 @@ def test_label_names_in_both_forms(given, expected, tmp_path):
     else:
         save_for_hub(model, tmp_path / 'out', label_names=given)
         assert load_folder(tmp_path / 'out').pretrained_cfg['label_names'] == expected
-    assert class_names(['cat'], 3) == ['cat', '1', '2'] and class_names(None, 1) == ['0']  # of folders by others
+    assert class_names(['cat'], 3) == ['cat', '1', '2'] and class_names(None, 1) == ['0']  # folders by others
 
 
 @pytest.fixture(params=[torch.float64, torch.bfloat16, torch.device('meta')], ids=str)
@@ -481,7 +481,7 @@ def test_which_weights(flags, file, key, top1, run, tmp_path):
 
 
 def change(run, **changes):
-    """As an editor of Windows saves it."""
+    """Changes arguments, in a file that an editor of Windows saves."""
     args = yaml.safe_load((run / 'args.yaml').read_text(encoding='utf-8-sig'))
     (run / 'args.yaml').write_text(yaml.safe_dump({**args, **changes}), encoding='utf-8-sig')
 
@@ -576,7 +576,7 @@ def test_results_of_validate_script(run, tmp_path, capsys):
 
 
 def test_label_names_given_or_unknown(run, tmp_path, capsys):
-    (tmp_path / 'names.txt').write_text('a\r\nb\r\nc\r\n', encoding='utf-8-sig', newline='')  # as Windows saves it
+    (tmp_path / 'names.txt').write_text('a\r\nb\r\nc\r\n', encoding='utf-8-sig', newline='')  # saved by Windows
     assert main(['export', str(run), str(tmp_path / 'out'), '--label-names', str(tmp_path / 'names.txt')]) == 0
     assert read_config(tmp_path / 'out')['label_names'] == ['a', 'b', 'c']
     shutil.rmtree(tmp_path / 'private' / 'flowers' / 'validation' / 'rose')

@@ -16,7 +16,7 @@ __all__ = ['export_run', 'public_args']
 
 CHECKPOINTS = dict(last='last.pth.tar', best='model_best.pth.tar')
 PATHS = ('data', 'data_dir', 'class_map', 'initial_checkpoint', 'pretrained_path', 'output')
-# of no use to others: where a run was reported, and what it went on from
+# useless to others: where a run was reported, and where it was resumed from
 DROPPED = ('wandb_project', 'wandb_tags', 'wandb_resume_id', 'resume')
 
 
@@ -58,7 +58,7 @@ def export_run(
         path = trained.folder / CHECKPOINTS[checkpoint] if checkpoint in CHECKPOINTS else Path(checkpoint)
         epoch, state_dict, is_ema = read_checkpoint(path, use_ema)
         measured = [read_results(split, file) for split, file in (results or {}).items()]
-        model: Any = timm.create_model(  # as train.py does
+        model: Any = timm.create_model(  # by the same arguments that train.py gives
             args['model'],
             in_chans=args.get('in_chans') or (args.get('input_size') or [3])[0],
             num_classes=args.get('num_classes'),

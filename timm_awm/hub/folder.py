@@ -21,9 +21,9 @@ from .card import write_card
 __all__ = ['CONFIG', 'NEEDS', 'REFERENCE', 'LabelNames', 'class_names', 'load_folder', 'save_for_hub', 'write_model']
 
 CONFIG = 'config.json'
-REFERENCE = 'lambda.json'  # of timm_awm.analysis.reference
+REFERENCE = 'lambda.json'  # written by timm_awm.analysis.reference
 NEEDS = 'Needs the package timm_awm: import timm_awm.'  # in descriptions
-# what the `pretrained_cfg` of a name says about a model with any weights; the rest is about those that timm has for it
+# true of a model with any weights; the rest of a name's `pretrained_cfg` is about those that timm has for it
 KEPT = (
     'input_size', 'fixed_input_size', 'interpolation', 'crop_pct', 'crop_mode', 'mean', 'std', 'num_classes',
     'pool_size', 'first_conv', 'classifier', 'custom_load')
