@@ -1,8 +1,11 @@
 import csv
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
+from importlib.metadata import metadata
 from pathlib import Path
 
 import datasets
@@ -10,75 +13,31 @@ import pytest
 import timm
 import torch
 import yaml
-from hub_server import Fault, HubServer, Repo
-from huggingface_hub import ModelCard, RepoCard
+from hub_server import HubServer
+from huggingface_hub import ModelCard, RepoCard, constants
+from huggingface_hub.errors import EntryNotFoundError
 from networks import create, images
 from PIL import Image
 from safetensors.torch import load_file, save
+from timm.models import save_for_hf
 from timm.utils import CheckpointSaver, ModelEmaV3
 
 from timm_awm import convert
-from timm_awm.explore import resolve_models
-from timm_awm.hub import describe, export_run, load_folder, save_for_hub
-from timm_awm.hub.run import without_paths
+from timm_awm.hub import export_run, load_folder, save_for_hub
+from timm_awm.hub.export import public_args
+from timm_awm.hub.folder import class_names
+from timm_awm.hub.training_run import TrainingRun
 from timm_awm_cli.main import main
 
 MODEL = 'awm_resnet14_cifar'
 NAME = f'{MODEL}.t3_c10'
-CLIENT = Path(__file__).with_name('hub_client.py')
 
 
-class Client:
-    """The real client, in a process of its own, with a new cache for every test."""
-
-    def __init__(self, hub, home):
-        self.cache = home
-        self.process = subprocess.Popen(
-            [sys.executable, str(CLIENT)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            env=hub.client_env(home))
-
-    def run(self, code, token='hf_me'):
-        """What was printed and the error, if there was one."""
-        self.process.stdin.write(json.dumps(dict(code=code, cache=str(self.cache), token=token)) + '\n')
-        self.process.stdin.flush()
-        answer = json.loads(self.process.stdout.readline())
-        return answer['printed'], answer['error']
-
-    def load(self, **kwargs):
-        """The error of create_model, if there was one."""
-        return self.run("timm.create_model('hf-hub:me/net', pretrained=True)", **kwargs)[1]
-
-    def command(self, *args, status=0, **kwargs):
-        """What the command timm-awm printed."""
-        printed, error = self.run(f'print("status", main({[str(arg) for arg in args]!r}))', **kwargs)
-        assert error == '' and printed.endswith(f'status {status}\n'), printed
-        return printed
-
-
-@pytest.fixture(scope='module')
-def server():
-    with HubServer({'hf_me': 'me', 'hf_you': 'you'}) as hub:
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    with HubServer() as hub:
+        hub.connect(monkeypatch, tmp_path / 'cache')
         yield hub
-
-
-@pytest.fixture
-def hub(server):
-    server.clear()
-    return server
-
-
-@pytest.fixture(scope='module')
-def process(server, tmp_path_factory):
-    client = Client(server, tmp_path_factory.mktemp('home'))
-    yield client
-    client.process.stdin.close()
-    client.process.wait()
-
-
-@pytest.fixture
-def client(process, tmp_path):
-    process.cache = tmp_path / 'cache'
-    return process
 
 
 @pytest.fixture(scope='module')
@@ -86,7 +45,7 @@ def folder(tmp_path_factory):
     """A Hub folder."""
     path = tmp_path_factory.mktemp('folders') / NAME
     save_for_hub(create(MODEL, away=True), path, pretrained_cfg=dict(tag='t3_c10', license='mit'))
-    (path / 'lambda.json').write_text('{}')  # of timm-awm analyze
+    (path / 'lambda.json').write_text('{}')  # written by timm-awm analyze
     return path
 
 
@@ -104,7 +63,11 @@ def changed(folder, goal, **changes):
 
 
 def config_with(folder, **changes):
-    return json.dumps({**json.loads((folder / 'config.json').read_text()), **changes}).encode()
+    return json.dumps({**read_config(folder), **changes}).encode()
+
+
+def read_config(folder):
+    return json.loads((folder / 'config.json').read_text())
 
 
 def same(model, state_dict):
@@ -134,54 +97,49 @@ def test_every_imagenet_model_has_timms_weights():
 
 
 @pytest.mark.parametrize('name', IDENTITY)
-def test_pretrained_is_the_plain_checkpoint(name, hub, client):
+def test_pretrained_is_the_plain_checkpoint(name, hub, unfused):
     plain_name = name.removeprefix('awm_')
-    hub.create_repo(f'timm/{plain_name}', files={'model.safetensors': save(create(plain_name).state_dict())})
-    code = f'''
-timm_awm.set_fused_merge(False)
-plain = timm.create_model({plain_name!r}, pretrained=True)
-x = torch.randn(2, 3, 64, 64)
-for name, kwargs in (('{name}_identity', dict()), ('{name}_identity', dict(awm=False)),
-                     ('awm_converted', dict(base={plain_name!r}))):
-    model = timm.create_model(name, pretrained=True, **kwargs)
-    assert torch.equal(model.eval()(x), plain.eval()(x))
-    assert model.pretrained_cfg['hf_hub_id'] == 'timm/{plain_name}'
-    assert model.pretrained_cfg['tag'].endswith('_identity')
-few = timm.create_model('{name}_identity', pretrained=True, num_classes=7).eval()
-assert few(x).shape == (2, 7)
-assert torch.equal(few.forward_features(x), plain.forward_features(x))
-gray = timm.create_model('{name}_identity', pretrained=True, in_chans=1).eval()
-assert torch.equal(gray(x[:, :1]), timm.create_model({plain_name!r}, pretrained=True, in_chans=1).eval()(x[:, :1]))
-features = timm.create_model('{name}_identity', pretrained=True, features_only=True).eval()
-for one, other in zip(features(x), timm.create_model({plain_name!r}, pretrained=True, features_only=True).eval()(x)):
-    assert torch.equal(one, other)
-'''
-    assert client.run(code) == ('', '')
+    hub.create_repo(f'timm/{plain_name}', {'model.safetensors': save(create(plain_name).state_dict())})
+
+    def load(name, **kwargs):
+        return timm.create_model(name, pretrained=True, **kwargs).eval()
+
+    plain, x = load(plain_name), images(size=64)
+    for kwargs in dict(), dict(awm=False), dict(base=plain_name):
+        model = load('awm_converted' if 'base' in kwargs else f'{name}_identity', **kwargs)
+        assert torch.equal(model(x), plain(x))
+        assert model.pretrained_cfg['hf_hub_id'] == f'timm/{plain_name}'
+        assert model.pretrained_cfg['tag'].endswith('_identity')
+    few = load(f'{name}_identity', num_classes=7)
+    assert few(x).shape == (2, 7) and torch.equal(few.forward_features(x), plain.forward_features(x))
+    gray = load(f'{name}_identity', in_chans=1)
+    assert torch.equal(gray(x[:, :1]), load(plain_name, in_chans=1)(x[:, :1]))
+    features = load(f'{name}_identity', features_only=True)
+    for one, other in zip(features(x), load(plain_name, features_only=True)(x)):
+        assert torch.equal(one, other)
 
 
 def test_pretrained_path_of_train_script(tmp_path):
     plain = timm.create_model('resnet18', num_classes=3)
     (tmp_path / 'plain.safetensors').write_bytes(save(plain.state_dict()))
-    overlay = dict(file=str(tmp_path / 'plain.safetensors'), num_classes=-1)  # as train.py has it
+    overlay = dict(file=str(tmp_path / 'plain.safetensors'), num_classes=-1)  # train.py gives this
     model = timm.create_model('awm_resnet18', pretrained=True, num_classes=5, pretrained_cfg_overlay=overlay)
     assert torch.equal(model.layer4[1].conv2.weight, plain.layer4[1].conv2.weight)
 
 
 # --- create_model of a repository
 
-def test_load_takes_no_pickles(hub, client, folder, tmp_path):
+def test_load_takes_no_pickles(hub, folder, tmp_path):
     pickled, state_dict = tmp_path / 'pytorch_model.bin', load_file(folder / 'model.safetensors')
     torch.save(state_dict, pickled)
-    hub.create_repo('me/net', files={**files(folder), pickled.name: pickled.read_bytes()})
-    hub.faults.append(Fault('HEAD', 'model.safetensors', 403))  # timm would take the others
-    assert 'LocalEntryNotFoundError' in client.load()
-    assert client.load() == '' and not any('pytorch_model' in path for _, path in hub.requests)
-    hub.repos['me/net'].commit({'model.safetensors': None})
-    assert 'model.safetensors' in client.load()
-    assert 'holds no whole AWM model' in client.command('pull', 'me/net', status=1)
+    repo = hub.create_repo('me/net', {**files(folder), pickled.name: pickled.read_bytes()})
+    assert same(timm.create_model('hf-hub:me/net', pretrained=True), state_dict)
+    del repo.branches['main']['model.safetensors']  # timm would take the other
+    with pytest.raises(EntryNotFoundError, match='model.safetensors'):
+        timm.create_model('hf-hub:me/net', pretrained=True)
+    assert not any('pytorch_model' in path for path in hub.requests)
     overlay = dict(hf_hub_filename=pickled.name)  # asked for
-    code = f"timm.create_model('hf-hub:me/net', pretrained=True, pretrained_cfg_overlay={overlay})"
-    assert client.run(code) == ('', '')
+    assert same(timm.create_model('hf-hub:me/net', pretrained=True, pretrained_cfg_overlay=overlay), state_dict)
     own = changed(folder, tmp_path / 'own', **{'pytorch_model.bin': save(create(MODEL, seed=1).state_dict())})
     assert same(timm.create_model(f'local-dir:{own}', pretrained=True), state_dict)
 
@@ -194,19 +152,28 @@ def test_load_takes_no_pickles(hub, client, folder, tmp_path):
     lambda: convert(create('resnet10t', num_classes=7)),
     lambda: create('awm_converted', away=True, base='resnet10t', num_classes=7),
 ], ids=['awm', 'plain', 'convert', 'converted'])
-def test_the_number_of_classes_stands_only_at_the_top(make, tmp_path):
-    model = make().eval()
+def test_saved_and_loaded(make, tmp_path):
+    model = make().to(memory_format=torch.channels_last)
     save_for_hub(model, tmp_path / 'out')
-    config = json.loads((tmp_path / 'out' / 'config.json').read_text())
+    assert model.training and next(model.parameters()).is_contiguous(memory_format=torch.channels_last)  # unchanged
+    config = read_config(tmp_path / 'out')
     assert config['num_classes'] == 7 and 'num_classes' not in config['model_args']  # transformers refuses it twice
-    assert torch.equal(load_folder(tmp_path / 'out').eval()(images()), model(images()))
+    assert same(load_folder(tmp_path / 'out'), model.state_dict())
+
+
+def test_a_changed_model_is_refused(tmp_path):
+    model = create(MODEL)
+    model.layer1[0].act1 = torch.nn.GELU()  # neither weights nor arguments tell of it
+    with pytest.raises(ValueError, match='a model of other outputs than this one'):
+        save_for_hub(model, tmp_path / 'out')
+    assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize('missing', ['(?!conv1.weight)', '(?!.*merge)', '.*merge.*weight2', 'fc', 'layer3.1.conv2'])
 @pytest.mark.parametrize('weakened', [
     dict(model_args=dict(pretrained_strict=False)), dict(num_classes=11, model_args=dict(num_classes=10)), dict()])
 def test_a_part_of_the_weights(missing, weakened, folder, tmp_path):
-    """What pretrained_strict=False or another number of classes would let pass without a word."""
+    """Checkpoints that pretrained_strict=False or another number of classes would let pass without a word."""
     tensors = load_file(folder / 'model.safetensors')
     part = save({k: v for k, v in tensors.items() if not re.match(missing, k)})
     own = changed(
@@ -248,11 +215,75 @@ def test_a_broken_folder(how, folder, tmp_path):
             timm.create_model(f'local-dir:{own}', pretrained=True)
 
 
+def test_saved_again_it_says_the_same_of_its_weights(tmp_path):
+    """It keeps what timm's own save_for_hf keeps; a model with other weights claims nothing of timm's."""
+    cfg, names = dict(license='cc-by-nc-4.0', tag='t3', description='Mine.'), ['cat', 'dog', 'cow']
+    save_for_hub(create(MODEL, num_classes=3), tmp_path / '1', pretrained_cfg=cfg, label_names=names)
+    loaded = load_folder(tmp_path / '1')
+    save_for_hub(loaded, tmp_path / '2')
+    save_for_hf(loaded, str(tmp_path / 'timm'), safe_serialization=True)
+    ours, timms = (load_folder(tmp_path / name).pretrained_cfg for name in ('2', 'timm'))
+    assert {key: ours[key] for key in (*cfg, 'label_names')} == {**cfg, 'label_names': names}
+    assert {k: v for k, v in ours.items() if k != 'file'} == {k: v for k, v in timms.items() if k != 'file'}
+    assert card_of(tmp_path / '2').data.license == 'cc-by-nc-4.0'
+    loaded.reset_classifier(4)
+    save_for_hub(loaded, tmp_path / '3', pretrained_cfg=dict(tag=None))
+    assert 'label_names' not in load_folder(tmp_path / '3').pretrained_cfg
+    assert 'tag' not in read_config(tmp_path / '3')['pretrained_cfg']
+    save_for_hub(create('awm_resnet18'), tmp_path / '4')  # for whose name timm has weights
+    assert not {'tag', 'license', 'paper_ids'} & read_config(tmp_path / '4')['pretrained_cfg'].keys()
+
+
+@pytest.mark.parametrize('given, expected', [
+    (['cat', 'dog', 'cow'], ['cat', 'dog', 'cow']), ({0: 'cat', 1: 'dog', 2: 'cow'}, ['cat', 'dog', 'cow']),
+    ({'2': 'cow'}, ['0', '1', 'cow']), (['cat'], 'There are 1 label names for 3 classes'),
+    ({1: 'cat', 3: 'cow'}, 'indices 1 to 3: there are 3 classes')])
+def test_label_names_in_both_forms(given, expected, tmp_path):
+    model = create(MODEL, num_classes=3)
+    if isinstance(expected, str):
+        with pytest.raises(ValueError, match=expected):
+            save_for_hub(model, tmp_path / 'out', label_names=given)
+        assert not any(tmp_path.iterdir())
+    else:
+        save_for_hub(model, tmp_path / 'out', label_names=given)
+        assert load_folder(tmp_path / 'out').pretrained_cfg['label_names'] == expected
+    assert class_names(['cat'], 3) == ['cat', '1', '2'] and class_names(None, 1) == ['0']  # folders by others
+
+
+@pytest.fixture(params=[torch.float64, torch.bfloat16, torch.device('meta')], ids=str)
+def torch_default(request):
+    """A default for new tensors."""
+    set_default = torch.set_default_device if isinstance(request.param, torch.device) else torch.set_default_dtype
+    set_default(request.param)
+    before = torch.empty(0)
+    yield
+    assert (torch.empty(0).dtype, torch.empty(0).device) == (before.dtype, before.device)
+    set_default(None if isinstance(request.param, torch.device) else torch.float32)
+
+
+def test_save_under_other_defaults_of_torch(tmp_path, run, torch_default):
+    with torch.device('cpu'):
+        model = create(MODEL, away=True, dtype=torch.float32)
+    save_for_hub(model, tmp_path / 'out')
+    assert all(torch.equal(v, model.state_dict()[k]) for k, v in load_file(tmp_path / 'out/model.safetensors').items())
+    assert model.conv1.weight.dtype == torch.float32
+    export_run(run, tmp_path / 'exported')
+    assert (tmp_path / 'exported' / 'README.md').is_file()
+
+
+def test_a_colleague_can_read_the_weights(folder):
+    assert len({path.stat().st_mode for path in folder.iterdir()}) == 1  # safetensors by itself would hide them
+
+
 # --- push
+
+def push(folder, repo_id, *flags):
+    return main(['push', str(folder), repo_id, *flags])
+
 
 def is_published(hub, folder, repo_id='me/net', revision='main'):
     """All of the folder or nothing of it, with its name in the card; whether all."""
-    published = hub.repos[repo_id].files(revision) if repo_id in hub.repos else {}
+    published = dict(hub.repos[repo_id].branches[revision]) if repo_id in hub.repos else {}
     published.pop('.gitattributes', None)
     if not published:
         return False
@@ -261,163 +292,104 @@ def is_published(hub, folder, repo_id='me/net', revision='main'):
     return True
 
 
-def test_push(hub, client, folder):
-    assert 'published and compared' in client.command('push', folder, 'me/net')
-    assert is_published(hub, folder) and hub.repos['me/net'].private
-    client.command('push', folder, 'me/net')  # nothing has changed
-    assert len([path for _, path in hub.requests if '/commit/' in path]) == 1
-    assert client.load() == ''
+def test_push(hub, folder, capsys, monkeypatch):
+    monkeypatch.chdir(folder)
+    assert push(folder, 'me/net') == push('.', 'me/net') == 0  # nothing has changed
+    assert is_published(hub, folder) and hub.repos['me/net'].private and hub.repos['me/net'].commits == 1
+    assert f'published: {hub.endpoint}/me/net/commit/' in capsys.readouterr().out
+    assert same(timm.create_model('hf-hub:me/net', pretrained=True), load_folder(folder).state_dict())
+    assert push(folder, 'open', '--public') == 0
+    assert is_published(hub, folder, 'me/open') and not hub.repos['me/open'].private
 
 
-def test_push_with_a_space(hub, client, folder):
-    for name, flags in ('me/net', []), ('open', ['--public']):
-        assert 'Its Space: ' in client.command('push', folder, name, '--space', *flags)
-    for repo_id, private in ('me/net', True), ('me/open', False):
-        space = hub.repos[f'spaces/{repo_id}']
-        files = {name: content.decode() for name, content in space.files().items()}
-        assert files.keys() - {'.gitattributes'} == {'README.md', 'app.py', 'requirements.txt'}
-        assert space.private == private
-        card = RepoCard(files['README.md'])
-        assert (card.data.sdk, card.data.app_file, card.data.models) == ('gradio', 'app.py', [repo_id])
-        assert files['requirements.txt'] == 'timm-awm[explore]\n'
-        assert f"explore(['hf-hub:{repo_id}'], host='0.0.0.0')" in files['app.py']
-        assert is_published(hub, folder, repo_id)
-    for flags in ['--revision', 'next'], ['--create-pr']:
-        assert 'A Space shows the main branch' in client.command(
-            'push', folder, 'me/other', '--space', *flags, status=1)
-    assert 'me/other' not in hub.repos
-
-
-def test_push_keeps_visibility_other_files_and_other_names(hub, client, folder, tmp_path):
+def test_push_keeps_visibility_other_files_and_other_names(hub, folder, tmp_path):
     card = (folder / 'README.md').read_text() + 'From hf-hub:timm/resnet50.a1_in1k and hf-hub:me/base.\n'
     own = changed(folder, tmp_path / NAME, **{'README.md': card.encode()})
-    hub.create_repo('me/net', files={'notes.txt': b'mine', 'summary.csv': b'of earlier weights'})
-    client.command('push', own, 'me/net')
-    assert not hub.repos['me/net'].private and hub.repos['me/net'].files().pop('notes.txt') == b'mine'
+    repo = hub.create_repo('me/net', {'notes.txt': b'mine', 'summary.csv': b'of earlier weights'})
+    assert push(own, 'me/net') == 0
+    assert not repo.private and repo.commits == 1 and repo.branches['main'].pop('notes.txt') == b'mine'
     assert is_published(hub, own)
-    client.command('push', own, 'open', '--public')
-    assert is_published(hub, own, 'me/open') and not hub.repos['me/open'].private
 
 
-def test_push_to_a_branch_and_as_a_pull_request(hub, client, folder):
-    client.command('push', folder, 'me/net', '--revision', 'next')
-    assert is_published(hub, folder, revision='next') and not is_published(hub, folder)
-    hub.create_repo('you/net')
-    assert 'discussions/1' in client.command('push', folder, 'you/net', '--create-pr')
-    assert is_published(hub, folder, 'you/net', 'refs/pr/1') and not is_published(hub, folder, 'you/net')
-
-
-@pytest.mark.parametrize('fault', [
-    Fault('PUT', '/cdn/', 403), Fault('POST', '/preupload/', 403),
-    Fault('POST', '/commit/', 500), Fault('POST', '/commit/', 'close'), Fault('POST', '/commit/', 'truncate'),
-    Fault('POST', 'repos/create', 'close'), Fault('GET', '/tree/', 403),
-], ids=str)
-def test_push_interrupted(fault, hub, client, folder):
-    hub.faults.append(fault)
-    assert 'Try again' in client.command('push', folder, 'me/net', status=1)
-    assert fault.times == 0
-    complete = fault.action == 'truncate'
-    assert is_published(hub, folder) == complete  # never a part
-    client.command('push', folder, 'me/net')
+def test_push_keeps_an_edited_card(hub, folder, capsys):
+    repo = hub.create_repo('me/net', {'README.md': b'edited', 'config.json': b'of earlier weights'})
+    assert push(folder, 'me/net') == 0
+    assert repo.branches['main'] == {**files(folder), 'README.md': b'edited'}
+    assert 'me/net keeps its README.md' in capsys.readouterr().out
+    assert push(folder, 'me/net', '--replace-card') == 0
     assert is_published(hub, folder)
 
 
-def test_push_that_the_hub_keeps_altered(hub, client, folder, monkeypatch):
-    commit = Repo.commit
-    monkeypatch.setattr(
-        Repo, 'commit', lambda repo, changes, *args: commit(repo, {**changes, 'model.safetensors': b'other'}, *args))
-    assert 'the Hub keeps something else for model.safetensors' in client.command('push', folder, 'me/net', status=1)
+def test_push_with_a_space(hub, folder, tmp_path, capsys):
+    for name, flags in ('me/net', []), ('open', ['--public']):
+        assert push(folder, name, '--space', *flags) == 0
+        assert 'Its Space: ' in capsys.readouterr().out
+    for repo_id, private in ('me/net', True), ('me/open', False):
+        assert hub.repos[f'spaces/{repo_id}'].private == private and is_published(hub, folder, repo_id)
+        space = hub.repos[f'spaces/{repo_id}'].branches['main']
+        card = RepoCard(space['README.md'].decode())
+        assert (card.data.sdk, card.data.app_file, card.data.models) == ('gradio', 'app.py', [repo_id])
+        assert f"explore(['hf-hub:{repo_id}'], host='0.0.0.0')" in space['app.py'].decode()
+    names = {re.match(r'[\w-]+', line)[0] for line in space['requirements.txt'].decode().splitlines()}
+    assert names >= {'torch', 'timm', 'gradio', 'matplotlib'} and not names & {'timm-awm', 'datasets', 'pytest'}
+    for name, content in space.items():
+        (tmp_path / 'space' / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / 'space' / name).write_bytes(content)
+    code = 'import timm, timm_awm; print(timm_awm.__file__); timm.create_model("awm_resnet14_cifar")'
+    env = {k: v for k, v in os.environ.items() if k != 'PYTHONPATH'}
+    done = subprocess.run(
+        [sys.executable, '-c', code], cwd=tmp_path / 'space', env=env, capture_output=True, text=True, check=True)
+    assert Path(done.stdout.strip()).parent == tmp_path / 'space' / 'timm_awm'
+    space.update({'README.md': b'edited', 'timm_awm/gone.py': b'of an earlier version'})
+    assert push(folder, 'me/open', '--space') == 0
+    space = hub.repos['spaces/me/open'].branches['main']
+    assert space['README.md'] == b'edited' and 'timm_awm/gone.py' not in space
+    for flags in ['--revision', 'next'], ['--create-pr']:
+        assert push(folder, 'me/other', '--space', *flags) == 1
+        assert 'A Space shows the main branch' in capsys.readouterr().err
+    assert 'me/other' not in hub.repos
 
 
-@pytest.mark.parametrize('repo_id, token, said', [
-    ('me/net', 'hf_wrong', 'hf auth login'),
-    ('me/net', '', 'hf auth login'),
-    ('you/net', 'hf_me', 'rights to create'),
-    ('me/bad name', 'hf_me', "'me/bad name'"),
-], ids=['wrong', 'none', 'foreign', 'name'])
-def test_push_refused(repo_id, token, said, hub, client, folder):
-    assert said in client.command('push', folder, repo_id, status=1, token=token)
-    assert not hub.repos
+def test_push_to_a_branch_and_as_a_pull_request(hub, folder, capsys):
+    assert push(folder, 'me/net', '--revision', 'next') == 0
+    assert is_published(hub, folder, revision='next') and not is_published(hub, folder)
+    hub.create_repo('you/net')
+    assert push(folder, 'you/net', '--create-pr') == 0 and 'discussions/1' in capsys.readouterr().out
+    assert is_published(hub, folder, 'you/net', 'refs/pr/1') and not is_published(hub, folder, 'you/net')
 
 
-def test_push_of_a_broken_folder(hub, client, folder, tmp_path):
-    for how in ('truncated', 'new-classes'):
-        own = changed(folder, tmp_path / how, **BROKEN[how][0](folder))
-        assert str(own) in client.command('push', own, 'me/net', status=1)
-    no_card = changed(folder, tmp_path / 'no-card', **{'README.md': None})
-    assert 'README.md' in client.command('push', no_card, 'me/net', status=1)
-    assert not hub.requests
+LOGIN, AGAIN = 'hf auth login', 'Try again'
 
 
-# --- pull
-
-def test_pull(hub, client, folder, tmp_path):
-    hub.create_repo('me/net', files=files(folder))
-    commit = hub.repos['me/net'].branches['main']
-    printed = client.command('pull', 'me/net')
-    assert f'{MODEL}, tag t3_c10' in printed and 'licence: mit' in printed and f'Commit {commit}, compared' in printed
-    hub.repos['me/net'].commit({'config.json': b'{}'})
-    client.command('pull', 'me/net', '--output', tmp_path / 'out', '--revision', commit)
-    assert files(tmp_path / 'out') == files(folder)
-    assert 'exists already' in client.command('pull', 'me/net', '--output', tmp_path / 'out', status=1)
-    assert 'holds no whole AWM model' in client.command('pull', 'me/net', '--output', tmp_path / 'other', status=1)
-    assert {path.name for path in tmp_path.iterdir()} == {'cache', 'out'}
-
-
-def test_explore_takes_a_model_of_the_hub(hub, client, folder):
-    hub.create_repo('me/net', files=files(folder))
-    printed, error = client.run(
-        'from pathlib import Path; from timm_awm.explore import resolve_models\n'
-        "for label, path in resolve_models(['hf-hub:me/net'], Path()).items():\n"
-        '    print(label, sorted(file.name for file in path.iterdir()))')
-    assert error == '' and printed.splitlines()[-1] == f'net {sorted(files(folder))}'
-
-
-@pytest.mark.parametrize('name', ['model.safetensors', 'README.md'])
-def test_pull_again_after_altered_bytes_and_an_error(name, hub, client, folder, tmp_path):
-    hub.create_repo('me/net', files=files(folder))
-    pull = ['pull', 'me/net', '--output', tmp_path / 'out']
-    hub.corrupt('me/net', name)
-    assert f'{name} came damaged from the Hub' in client.command(*pull, status=1)
-    hub.altered.clear()
-    hub.faults.append(Fault('GET', name, 500))
-    assert 'Try again' in client.command(*pull, status=1) and not (tmp_path / 'out').exists()
-    client.command(*pull)
-    assert files(tmp_path / 'out') == files(folder)
-
-
-@pytest.mark.parametrize('repo_id, token, said', [
-    ('me/absent', 'hf_me', 'Repository Not Found'),
-    ('me/secret', 'hf_you', 'Repository Not Found'),
-    ('me/secret', 'hf_wrong', 'hf auth login'),
-    ('me/data', 'hf_me', 'holds no whole AWM model'),
+@pytest.mark.parametrize('repo_id, fault, said', [
+    ('me/net', ('/preupload/', 403), LOGIN), ('me/net', ('/commit/', 401), LOGIN), ('you/net', None, LOGIN),
+    ('me/net', ('/commit/', 500), AGAIN), ('me/net', ('repos/create', 429), AGAIN), ('me/net', ('/commit/', 413), ''),
+    ('me/net/x', None, "must be in the form 'repo_name' or 'namespace/repo_name'"),
+    ('me/my net', None, 'must use alphanumeric chars'),
 ])
-def test_pull_refused(repo_id, token, said, hub, client, folder):
-    hub.create_repo('me/secret', private=True, files=files(folder))
-    hub.create_repo('me/data', files={'data.csv': b''})
-    assert said in client.command('pull', repo_id, status=1, token=token)
+def test_push_refused(repo_id, fault, said, hub, folder, capsys):
+    """It says what helps, and leaves nothing or all."""
+    hub.faults += [fault] if fault else []
+    assert push(folder, repo_id) == 1
+    error = capsys.readouterr().err
+    assert said in error and all(other not in error for other in (LOGIN, AGAIN) if other != said)
+    assert not hub.faults and not is_published(hub, folder, repo_id)
+    if fault:
+        assert push(folder, repo_id) == 0 and is_published(hub, folder)
 
 
-@pytest.mark.slow
-def test_without_network(hub, client, folder, tmp_path):
-    hub.create_repo('me/net', files=files(folder))
-    client.command('pull', 'me/net')
-    asked = len(hub.requests)
-    code = '''
-import timm
-from timm_awm_cli.main import main
-assert main(['pull', 'me/net']) == 0 and main(['pull', 'me/absent']) == 1
-timm.create_model('hf-hub:me/net', pretrained=True)'''
-    env = dict(hub.client_env(tmp_path / 'home'), HF_HUB_OFFLINE='1', HF_HUB_CACHE=str(client.cache))
-    done = subprocess.run([sys.executable, '-c', code], env=env, capture_output=True, text=True)
-    assert done.returncode == 0 and 'not compared' in done.stdout and len(hub.requests) == asked, done.stderr
+def test_push_without_network(hub, folder, capsys, monkeypatch):
+    monkeypatch.setattr(constants, 'ENDPOINT', 'http://127.0.0.1:9')
+    assert push(folder, 'me/net') == 1
+    assert AGAIN in capsys.readouterr().err
 
 
-def test_description_of_a_folder_without_tag_and_card(folder, tmp_path):
-    own = changed(
-        folder, tmp_path / 'own', **{'README.md': None, 'config.json': config_with(folder, pretrained_cfg=dict())})
-    lines = describe(own, load_folder(own)).splitlines()
-    assert lines[:2] == [MODEL, 'no description'] and lines[2].endswith('licence: not stated')
+def test_push_of_no_model(hub, folder, tmp_path, capsys):
+    own = changed(folder, tmp_path / 'own', **BROKEN['truncated'][0](folder))
+    assert push(own, 'me/net') == 1 and 'holds no whole AWM model' in capsys.readouterr().err
+    own = changed(folder, tmp_path / 'cardless', **{'README.md': None})
+    assert push(own, 'me/net') == 1 and 'README.md' in capsys.readouterr().err
+    assert not hub.requests
 
 
 # --- what train.py leaves
@@ -433,7 +405,7 @@ def run(tmp_path):
     args = dict(
         model=MODEL, model_kwargs=dict(awm_hidden=5), num_classes=3, dataset='', data_dir=str(data),
         train_split='train', val_split='validation', epochs=3, opt='alternating',
-        opt_kwargs=dict(base='sgd', period=1), lr=0.1, model_ema=True,
+        opt_kwargs=dict(base='sgd', period=1), lr=0.1, model_ema=True, amp=False, amp_dtype='float16',
         mean=[0.1, 0.2, 0.3], std=[0.5, 0.5, 0.5], interpolation='bilinear', img_size=40, gp='max', seed=0,
         output=str(tmp_path / 'private' / 'out'), initial_checkpoint='', pretrained=False, resume='~/old/last.pth.tar')
     path.mkdir()
@@ -466,17 +438,12 @@ def accuracies(folder):
     return [(r.dataset_split, r.metric_value) for r in card_of(folder).data.eval_results or []]
 
 
-def test_explore_takes_a_run(run, tmp_path):
-    (label, folder), = resolve_models([str(run)], tmp_path / 'exported').items()
-    assert label == run.name and same(load_folder(folder), state(run, 'last.pth.tar', 'state_dict_ema'))
-
-
-def test_export_of_a_run(run, tmp_path):
+def test_export_of_a_run(run, tmp_path, capsys):
     folder = tmp_path / 'hub' / f'{MODEL}.flowers'
     assert main(['export', str(run), str(folder)]) == 0
     model = load_folder(folder)
     assert same(model, state(run, 'last.pth.tar', 'state_dict_ema'))
-    config = json.loads((folder / 'config.json').read_text())
+    config = read_config(folder)
     cfg = config['pretrained_cfg']
     assert config['model_args']['awm_hidden'] == 5 and config['model_args']['global_pool'] == 'max'
     assert cfg['mean'] == [0.1, 0.2, 0.3] and cfg['interpolation'] == 'bilinear' and cfg['input_size'] == [3, 40, 40]
@@ -492,8 +459,13 @@ def test_export_of_a_run(run, tmp_path):
     text = card_of(folder).text
     assert text.index('import timm_awm') < text.index('timm.create_model') and '70.00 %' in text and '3 of 3' in text
     assert 'Unknown model (awm_resnet14_cifar)' in text and 'Jung' in text
-    assert f'{sum(p.numel() for p in model.parameters()):,}' in text
-    assert 'Top-1 accuracy, %: 60.0 on flowers, validation' in describe(folder, model)
+    urls = [url.partition(', ') for url in metadata('timm-awm').get_all('Project-URL')]
+    assert all(f'timm_awm ({url})' in text for name, _, url in urls if name == 'Source')
+    assert f'{sum(p.numel() for p in model.parameters()):,}' in text and 'amp_dtype' not in text  # which was not used
+    assert '| validation | 60.00 | 92.00 | train.py, epoch 2 |' in text and 'pip install' not in text
+    capsys.readouterr()
+    assert main(['export', 'gone', str(folder)]) == 1  # the output is looked at first
+    assert f'{folder} exists already' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize('flags, file, key, top1', [
@@ -509,8 +481,16 @@ def test_which_weights(flags, file, key, top1, run, tmp_path):
 
 
 def change(run, **changes):
-    args = yaml.safe_load((run / 'args.yaml').read_text())
-    (run / 'args.yaml').write_text(yaml.safe_dump({**args, **changes}))
+    """Changes arguments, in a file that an editor of Windows saves."""
+    args = yaml.safe_load((run / 'args.yaml').read_text(encoding='utf-8-sig'))
+    (run / 'args.yaml').write_text(yaml.safe_dump({**args, **changes}), encoding='utf-8-sig')
+
+
+def test_summary_of_a_resumed_run(run):
+    text = (run / 'summary.csv').read_text()
+    (run / 'summary.csv').write_text(f'{text}{text.replace("60.0", "65.0")}')  # with its header and epochs again
+    assert {epoch: row['eval_top1'] for epoch, row in TrainingRun(run).summary.items()} == {
+        0: '50.0', 1: '70.0', 2: '65.0'}
 
 
 def test_only_results_of_the_same_weights(run, tmp_path):
@@ -539,28 +519,50 @@ def test_licence(changes, given, expected, run, tmp_path):
     export_run(run, tmp_path / 'out', license=given)
     card = card_of(tmp_path / 'out')
     assert card.data.license == expected
-    assert json.loads((tmp_path / 'out' / 'config.json').read_text())['pretrained_cfg'].get('license') == expected
+    assert read_config(tmp_path / 'out')['pretrained_cfg'].get('license') == expected
     assert card.data.base_model == ('timm/resnet18.tv_in1k' if 'model' in changes else None)
+
+
+@pytest.mark.parametrize('pretrained, license', [(True, 'cc-by-nc-4.0'), (False, 'apache-2.0')])
+def test_a_run_from_a_hub_folder_claims_none_of_its_results(pretrained, license, run, tmp_path):
+    model = create(MODEL, num_classes=3, awm_hidden=5, global_pool='max')
+    cfg = dict(tag='t3', license='cc-by-nc-4.0', description='Mine.')
+    save_for_hub(model, tmp_path / 'start', pretrained_cfg=cfg, label_names=['cat', 'dog', 'cow'])
+    change(run, model=f'local-dir:{tmp_path}/start', model_kwargs={}, data_dir='gone', pretrained=pretrained)
+    export_run(run, tmp_path / 'out')
+    config = read_config(tmp_path / 'out')
+    assert config['pretrained_cfg']['license'] == license and 'label_names' not in config
+    assert 'tag' not in config['pretrained_cfg'] and 'trained on gone' in config['pretrained_cfg']['description']
 
 
 @pytest.mark.parametrize('value, expected', [
     ('/home/me/data', 'data'), ('/Users/Alice Smith/data/', 'data'), ('~/x/data', 'data'), ('../../me/data', 'data'),
-    ('./me/data', 'data'), ('$HOME/me/data', 'data'), ('C:\\Users\\me\\data', 'data'), ('file:///me/data', 'file:data'),
-    ('hfds//home/me/data', 'hfds/data'), ('hfds/../me/data', 'hfds/data'),
-    ('local-dir:/home/me/net', 'local-dir:net'), ('see "/home/me/x y"', 'see "x y"'),
-    ("['/a/b', '/c/d']", "['b', 'd']"), ('/me/x of https://a.b/c/d, ~/y/z', 'x of https://a.b/c/d, z'),
-    (['/a/b', {'c': '/d/e'}], ['b', {'c': 'e'}]),
-    *((same, same) for same in (
-        'hfds/uoft-cs/cifar10', 'output/train', 'train[:45000]', 'rand-m7', '', 0.1, None, 'https://a/b/c',
-        'see https://a.b/c', '(https://a.b/c/)', 'url=s3://a/b/c', 'hf-hub:me/net')),
-])
-def test_without_paths(value, expected):
-    assert without_paths(value) == expected
+    ('$HOME/me/data', 'data'), ('C:\\Users\\me\\data', 'data'), ('.', Path.cwd().name),
+    ('https://me:SECRET@a.b/c', 'private'), ('https://a.b/w.pth?X-Amz-Signature=SECRET', 'private'),
+    ("pipe:curl -H 'Authorization:Bearer SECRET' https://a.b/c", 'private')])
+def test_no_path_and_no_secret_in_any_file(value, expected, run, tmp_path, capsys):
+    paths = 'data', 'data_dir', 'class_map', 'initial_checkpoint', 'pretrained_path', 'output'
+    changes = dict(dict.fromkeys(paths, value), dataset=f'wds/{value}', kd_model_name=f'local-dir:{value}')
+    change(run, **changes, wandb_project=value)
+    export_run(run, tmp_path / 'out')
+    args = yaml.safe_load((tmp_path / 'out' / 'args.yaml').read_text())
+    assert {key: args[key] for key in changes} == dict(
+        dict.fromkeys(paths, expected), dataset=f'wds/{expected}', kd_model_name=f'local-dir:{expected}')
+    assert not {'resume', 'wandb_project'} & args.keys()
+    for content in files(tmp_path / 'out').values():
+        assert value == '.' or not any(text in content for text in (b'SECRET', value.encode()))
+    assert 'or cut to the last part of a path: class_map, data, data_dir, dataset, ' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('dataset', ['hfds/uoft-cs/cifar10', 'torch/cifar10', '', None])
+def test_public_names_stay(dataset):
+    args = dict(dataset=dataset, model='hf-hub:me/net', lr=0.1, train_split='train[:9]', kd_model_name=None)
+    assert public_args(args) == args
 
 
 def test_results_of_validate_script(run, tmp_path, capsys):
-    (tmp_path / 'test.json').write_text(json.dumps(dict(model=MODEL, top1=61.25, top5=95.5)))
-    (tmp_path / 'test.csv').write_text(f'model,top1,top5\n{MODEL},61.25,95.5\n')
+    (tmp_path / 'test.json').write_text(json.dumps(dict(model=MODEL, top1=61.25, top5=95.5)), encoding='utf-8-sig')
+    (tmp_path / 'test.csv').write_text(f'top1,top5,model\n61.25,95.5,{MODEL}\n', encoding='utf-8-sig')
     for name in ('test.json', 'test.csv'):
         out = tmp_path / f'out-{name}'
         assert main(['export', str(run), str(out), '--results', f'test={tmp_path / name}']) == 0
@@ -574,42 +576,43 @@ def test_results_of_validate_script(run, tmp_path, capsys):
 
 
 def test_label_names_given_or_unknown(run, tmp_path, capsys):
-    change(run, data_dir='gone')
-    export_run(run, tmp_path / 'unknown')
-    assert 'Label names: not known' in capsys.readouterr().out
-    assert 'label_names' not in json.loads((tmp_path / 'unknown' / 'config.json').read_text())
-    (tmp_path / 'names.txt').write_text('a\nb\nc\n')
+    (tmp_path / 'names.txt').write_text('a\r\nb\r\nc\r\n', encoding='utf-8-sig', newline='')  # saved by Windows
     assert main(['export', str(run), str(tmp_path / 'out'), '--label-names', str(tmp_path / 'names.txt')]) == 0
-    assert json.loads((tmp_path / 'out' / 'config.json').read_text())['label_names'] == ['a', 'b', 'c']
+    assert read_config(tmp_path / 'out')['label_names'] == ['a', 'b', 'c']
+    shutil.rmtree(tmp_path / 'private' / 'flowers' / 'validation' / 'rose')
+    for name, changes in ('two-classes', {}), ('gone', dict(data_dir='gone')):
+        change(run, **changes)
+        export_run(run, tmp_path / name)
+        assert 'Label names: not known' in capsys.readouterr().out
+        assert 'label_names' not in read_config(tmp_path / name)
 
 
-def test_export_of_a_grey_run(run, tmp_path):
+@pytest.mark.parametrize('changes', [dict(in_chans=1), dict(input_size=[1, 40, 40])], ids=str)
+def test_export_of_a_grey_run(changes, run, tmp_path):
     """Normalised as timm's loader does it: by the mean of what is stated for the colours."""
-    change(run, in_chans=1, mean=None, std=None)
+    change(run, mean=None, std=None, **changes)
     model = create(MODEL, away=True, num_classes=3, awm_hidden=5, global_pool='max', in_chans=1)
     torch.save(dict(epoch=2, state_dict=model.state_dict()), run / 'last.pth.tar')
     export_run(run, tmp_path / 'out')
+    assert 'a PIL image of mode L' in card_of(tmp_path / 'out').text
     data = timm.data.resolve_data_config({}, model=load_folder(tmp_path / 'out'))
     pixels = timm.data.create_transform(**data)(Image.new('L', (40, 40), 51))
     mean, std = (sum(model.pretrained_cfg[name]) / 3 for name in ('mean', 'std'))
     torch.testing.assert_close(pixels, torch.full((1, 40, 40), (0.2 - mean) / std))
 
 
-def test_label_names_of_torchvisions_data(run, tmp_path):
+def test_label_names_of_data_sets_of_other_kinds(run, tmp_path, monkeypatch):
     change(run, dataset='torch/image_folder')
-    export_run(run, tmp_path / 'out')
-    names = json.loads((tmp_path / 'out' / 'config.json').read_text())['label_names']
-    assert names == ['daisy', 'rose', 'tulip']
-
-
-def test_label_names_of_parquet_files(run, tmp_path):
+    export_run(run, tmp_path / 'torchvision')
+    assert read_config(tmp_path / 'torchvision')['label_names'] == ['daisy', 'rose', 'tulip']
     names = ['tulip', 'rose', 'daisy']
     features = datasets.Features(image=datasets.Image(), kind=datasets.ClassLabel(names=names))
     data = datasets.Dataset.from_dict(dict(image=[Image.new('RGB', (2, 2))], kind=[0]), features)
     data.to_parquet(tmp_path / 'data' / 'train-00000-of-00001.parquet')
-    change(run, dataset=f'hfds/{tmp_path}/data', target_key='kind')
+    monkeypatch.chdir(tmp_path)
+    change(run, dataset='hfds/data', target_key='kind')  # a folder, though it could be the name of one on the Hub
     export_run(run, tmp_path / 'out')
-    assert json.loads((tmp_path / 'out' / 'config.json').read_text())['label_names'] == names
+    assert read_config(tmp_path / 'out')['label_names'] == names and card_of(tmp_path / 'out').data.datasets is None
 
 
 @pytest.mark.parametrize('break_it, said', [

@@ -13,13 +13,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('run', type=Path, metavar='RUN', help="the run's folder")
     parser.add_argument(
         'folder', type=Path, metavar='FOLDER', help='new folder, of the name that the repository is to have')
-    parser.add_argument('--checkpoint', default='last', metavar='last|best|FILE', help='which weights (%(default)s)')
     parser.add_argument(
-        '--ema', action=argparse.BooleanOptionalAction, default=True, help='averaged weights, if there are any (yes)')
-    parser.add_argument('--tag', help='of the weights, such as t3_c10 (what follows the dot in FOLDER)')
-    parser.add_argument('--license', help='of the weights (apache-2.0, or that of the weights of timm it started from)')
-    parser.add_argument('--label-names', type=Path, metavar='FILE', help='names of the classes, a line each')
-    parser.add_argument('--dataset-id', metavar='ID', help="the data set's name on the Hub, if args.yaml lacks it")
+        '--checkpoint', default='last', metavar='last|best|FILE', help='which weights (default: %(default)s)')
+    parser.add_argument(
+        '--ema', action=argparse.BooleanOptionalAction, default=True,
+        help='take averaged weights (default: yes, if there are any)')
+    parser.add_argument('--tag', help='tag of the weights, such as t3_c10 (default: what follows the dot in FOLDER)')
+    parser.add_argument(
+        '--license',
+        help="licence of the weights (default: that of timm's weights that the run started from; apache-2.0 if it "
+             'started from none)')
+    parser.add_argument(
+        '--label-names', type=Path, metavar='FILE',
+        help='names of the classes, a line each (default: those of the data set, if it is at hand)')
+    parser.add_argument(
+        '--dataset-id', metavar='ID', help="the data set's name on the Hub (default: that in args.yaml)")
     parser.add_argument(
         '--results', nargs='+', default=[], metavar='SPLIT=FILE', help='what validate.py wrote by --results-file')
 
@@ -33,7 +41,7 @@ def run(args: argparse.Namespace) -> None:
         use_ema=args.ema,
         tag=args.tag or args.folder.name.partition('.')[2] or None,
         license=args.license,
-        label_names=args.label_names and args.label_names.read_text(encoding='utf-8').splitlines(),
+        label_names=args.label_names and args.label_names.read_text(encoding='utf-8-sig').splitlines(),
         data_id=args.dataset_id,
         results=dict(_split_and_file(text) for text in args.results),
     )

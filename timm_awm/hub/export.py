@@ -1,0 +1,122 @@
+"""A Hub folder, written from a run of timm's train.py."""
+import shutil
+from pathlib import Path
+from typing import Any, Dict, Mapping, Optional, Union
+
+import timm
+import yaml
+from timm.data import resolve_input_data_config
+
+from ..utils import new_folder
+from .card import Measured, write_card
+from .folder import NEEDS, LabelNames, torch_defaults, write_model
+from .training_run import TrainingRun, data_name, last_part, read_checkpoint, read_results
+
+__all__ = ['export_run', 'public_args']
+
+CHECKPOINTS = dict(last='last.pth.tar', best='model_best.pth.tar')
+PATHS = ('data', 'data_dir', 'class_map', 'initial_checkpoint', 'pretrained_path', 'output')
+# useless to others: where a run was reported, and where it was resumed from
+DROPPED = ('wandb_project', 'wandb_tags', 'wandb_resume_id', 'resume')
+
+
+def export_run(
+        run: Union[str, Path],
+        folder: Union[str, Path],
+        checkpoint: str = 'last',
+        use_ema: bool = True,
+        tag: Optional[str] = None,
+        license: Optional[str] = None,
+        label_names: Optional[LabelNames] = None,
+        data_id: Optional[str] = None,
+        results: Optional[Mapping[str, Path]] = None,
+) -> None:
+    """Writes what train.py left of an AWM model as a folder for the Hub.
+
+    Args:
+        run: The run's folder.
+        folder: New folder, of the name that the repository is to have.
+        checkpoint: 'last', 'best' (of the evaluated epochs), or a file.
+        use_ema: Take the averaged weights, if the run has them. train.py evaluates these.
+        tag: Names these weights, such as t3_c10.
+        license: Of these weights; if not given, that of timm's weights from which the run started, apache-2.0 if it
+            started from none, no licence if it started from a file.
+        label_names: As for `save_for_hub`; if not given, those of the data set, if it is at hand.
+        data_id: The data set's name on the Hub, if args.yaml does not say it.
+        results: For a split, such as 'test', what timm's validate.py measured there with --results-file. It stands in
+            place of what train.py measured on this split.
+
+    Raises:
+        FileExistsError: The folder exists.
+        FileNotFoundError: Something is missing in the run.
+        RuntimeError: The checkpoint does not fit the model of args.yaml.
+        ValueError: A file is damaged, or files do not fit together.
+    """
+    with new_folder(Path(folder)) as partial, torch_defaults():
+        trained = TrainingRun(run)
+        args, rows = trained.args, trained.summary
+        path = trained.folder / CHECKPOINTS[checkpoint] if checkpoint in CHECKPOINTS else Path(checkpoint)
+        epoch, state_dict, is_ema = read_checkpoint(path, use_ema)
+        measured = [read_results(split, file) for split, file in (results or {}).items()]
+        model: Any = timm.create_model(  # by the same arguments that train.py gives
+            args['model'],
+            in_chans=args.get('in_chans') or (args.get('input_size') or [3])[0],
+            num_classes=args.get('num_classes'),
+            global_pool=args.get('gp'),
+            **(args.get('model_kwargs') or {}),
+        )
+        model.load_state_dict(state_dict)
+        from_file = args.get('pretrained_path') or args.get('initial_checkpoint')
+        start: Mapping[str, Any] = model.pretrained_cfg if args.get('pretrained') and not from_file else {}
+        if not license and not from_file:
+            license = start.get('license') if start else 'apache-2.0'
+        # without what a Hub folder, from which the run may have started, says of its own weights
+        model.pretrained_cfg = {k: v for k, v in model.pretrained_cfg.items() if k not in ('source', 'label_names')}
+        data, found_id = data_name(args)
+        cfg = dict(
+            resolve_input_data_config(model, args),
+            paper_ids='arXiv:1811.06878',
+            description=f'{model.pretrained_cfg["architecture"]} trained on {data}. {NEEDS}',
+            tag=tag,
+            license=license,
+        )
+        # train.py evaluates the averaged weights, unless they are kept on the CPU; other files may be of other epochs
+        evaluated_ema = bool(args.get('model_ema')) and not args.get('model_ema_force_cpu')
+        of_epoch = path.parent.resolve() == trained.folder.resolve() and not path.name.startswith('recovery')
+        row, split = rows.get(epoch, {}), args['val_split']
+        if of_epoch and is_ema == evaluated_ema and row.get('eval_top1') and split not in (results or {}):
+            measured.append(
+                Measured(split, float(row['eval_top1']), float(row['eval_top5']), f'train.py, epoch {epoch}'))
+        public = public_args(args)
+        config = write_model(model, partial, None, cfg, label_names or trained.label_names(model.num_classes))
+        (partial / 'args.yaml').write_text(yaml.safe_dump(public), encoding='utf-8')
+        shutil.copyfile(trained.folder / 'summary.csv', partial / 'summary.csv')
+        write_card(
+            partial,
+            model,
+            config,
+            args=public,
+            epoch=epoch,
+            weights=path.name + (', averaged (EMA)' if is_ema else ''),
+            data=data,
+            data_id=data_id or found_id,
+            measured=measured,
+            best=max((float(row['eval_top1']) for row in rows.values() if row.get('eval_top1')), default=None),
+            base_model=start.get('hf_hub_id'),
+        )
+    hidden = [key for key, value in args.items() if value and public.get(key) != value]
+    if hidden:
+        print(f'Private, so left out of args.yaml or cut to the last part of a path: {", ".join(hidden)}.')
+
+
+def public_args(args: Mapping[str, Any]) -> Dict[str, Any]:
+    """Arguments of train.py without folders of the machine, addresses and commands."""
+    public = {key: value for key, value in args.items() if key not in DROPPED}
+    public.update((key, last_part(str(public[key]))) for key in PATHS if public.get(key))
+    for key in ('model', 'kd_model_name'):
+        if str(public.get(key)).startswith('local-dir:'):
+            public[key] = 'local-dir:' + last_part(public[key].removeprefix('local-dir:'))
+    scheme, _, path = str(public.get('dataset') or '').partition('/')
+    if path and not data_name(args)[1]:
+        public['dataset'] = f'{scheme}/{last_part(path)}'
+    return public
