@@ -71,8 +71,13 @@ class Alternating(Optimizer):
         optimizer.defaults.update(options)
         params = {p: group['side'] for group in optimizer.param_groups for p in group['params']}
         others = [other for other in live() if not params.keys().isdisjoint(other._parameters())]
+        left_out = {p for other in others for p in other._frozen} - params.keys()
         for other in others:
             other.unfreeze()
+        if left_out:
+            raise ValueError(
+                'An earlier alternating optimizer had frozen parameters of this model, and so they were left out here. '
+                'They are thawed now: make the optimizer again.')
         for side in (MERGE, BACKBONE) if period else (MERGE,):
             if not any(p.requires_grad for p in params if params[p] == side):
                 raise ValueError(
