@@ -12,7 +12,6 @@ import torch
 import torch.distributed.checkpoint as dcp
 import torch.nn as nn
 from networks import create, images
-from recorder import same
 from timm.optim import Lamb, create_optimizer_v2, list_optimizers
 from timm.scheduler import create_scheduler_v2
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
@@ -58,6 +57,16 @@ def loss_of(model, step):
 
 def alternating(model, **kwargs):
     return create_optimizer_v2(model, **{**dict(opt='alternating', base='sgd', lr=.1), **kwargs})
+
+
+def same(a, b):
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
 
 
 def sides(model):
