@@ -79,19 +79,25 @@ def all_require_grad(model):
     return all(p.requires_grad for p in model.parameters())
 
 
-def steps(model, optimizer, start, stop, clip=None):
+def steps(model, optimizer, start, stop, clip=None, closure=False):
     for step in range(start, stop):
-        loss_of(model, step).backward()
-        if clip:
-            nn.utils.clip_grad_norm_(model.parameters(), clip)
-        optimizer.step()
+        def backward(step=step):
+            loss = loss_of(model, step)
+            loss.backward()
+            if clip:
+                nn.utils.clip_grad_norm_(model.parameters(), clip)
+            return loss
+
+        assert optimizer.step(backward) > 0 if closure else backward() > 0
+        if not closure:
+            optimizer.step()
         optimizer.zero_grad()
 
 
-def train(model, optimizer, epochs, clip=None, start=0):
+def train(model, optimizer, epochs, start=0, **kwargs):
     for epoch in range(start, epochs):
         optimizer.set_epoch(epoch)
-        steps(model, optimizer, epoch * STEPS_PER_EPOCH, (epoch + 1) * STEPS_PER_EPOCH, clip)
+        steps(model, optimizer, epoch * STEPS_PER_EPOCH, (epoch + 1) * STEPS_PER_EPOCH, **kwargs)
 
 
 def train_by_hand(model, make, epochs, phase_of, clip=None):
@@ -128,12 +134,12 @@ BASES = {
 }
 
 
-@pytest.mark.parametrize('clip', [None, .05])
+@pytest.mark.parametrize('clip, closure', [(None, False), (None, True), (.05, False)])
 @pytest.mark.parametrize('base', BASES)
-def test_equals_alternation_by_hand(base, clip):
+def test_equals_alternation_by_hand(base, clip, closure):
     kwargs, make = BASES[base]
     model, by_hand = net().double(), net().double()
-    train(model, alternating(model, period=2, **kwargs), 9, clip)
+    train(model, alternating(model, period=2, **kwargs), 9, clip=clip, closure=closure)
     train_by_hand(by_hand, make, 9, lambda epoch: ['backbone', 'merge'][epoch // 2 % 2], clip)
     assert_equal(model, by_hand, exact=clip is None)
 
@@ -435,54 +441,44 @@ def test_steps_that_a_scaler_skips():
     model = net()
     optimizer = alternating(model, period=1, momentum=.9)
     scaler = torch.amp.GradScaler('cpu', init_scale=2.)
-    for epoch in range(2):
+    for epoch, factor in (0, float('inf')), (0, 1.), (1, float('inf')), (1, 1.):
         optimizer.set_epoch(epoch)
-        for factor in (float('inf'), 1.):
-            before = copy.deepcopy(model)
-            scaler.scale(loss_of(model, epoch) * factor).backward()
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad()
-            for side, params in sides(model).items():
-                still = all(torch.equal(p, q) for p, q in zip(params, sides(before)[side]))
-                assert still == (factor != 1. or side != optimizer.phase)
+        before = copy.deepcopy(model)
+        scaler.scale(loss_of(model, epoch) * factor).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        for side, params in sides(model).items():
+            still = all(torch.equal(p, q) for p, q in zip(params, sides(before)[side]))
+            assert still == (factor != 1. or side != optimizer.phase)
 
 
 @pytest.mark.parametrize('base', ['sgd', 'adamw', 'lamb'])
 @pytest.mark.parametrize('epoch, step', [(3, 0), (3, 2), (4, 0), (5, 1)])  # phases change at 2, 4, 6
 def test_resumed_run_equals_the_uninterrupted_one(base, epoch, step, tmp_path):
-    def run(model, optimizer, scheduler, start, stop):
+    def run(model, optimizer, start, stop):
         for i in range(start, stop):
             if i % STEPS_PER_EPOCH == 0:
                 optimizer.set_epoch(i // STEPS_PER_EPOCH)
             steps(model, optimizer, i, i + 1)
-            if (i + 1) % STEPS_PER_EPOCH == 0:
-                scheduler.step((i + 1) // STEPS_PER_EPOCH)
 
-    def make():
-        model = net()
-        optimizer = alternating(model, period=2, **BASES[base][0])
-        return model, optimizer, create_scheduler_v2(optimizer, sched='cosine', num_epochs=8)[0]
-
-    model, optimizer, scheduler = make()
+    model, resumed = net(), net()
+    optimizer, other = (alternating(m, period=2, **BASES[base][0]) for m in (model, resumed))
     done = epoch * STEPS_PER_EPOCH + step
-    run(model, optimizer, scheduler, 0, done)
+    run(model, optimizer, 0, done)
     torch.save(dict(model=model.state_dict(), optimizer=optimizer.state_dict()), tmp_path / 'checkpoint')
-    resumed, resumed_optimizer, resumed_scheduler = make()
-    resumed_optimizer.set_epoch(0)
     checkpoint = torch.load(tmp_path / 'checkpoint', weights_only=True)
+    other.set_epoch(0)
     resumed.load_state_dict(checkpoint['model'])
-    resumed_optimizer.load_state_dict(checkpoint['optimizer'])
+    other.load_state_dict(checkpoint['optimizer'])
     assert all_require_grad(resumed)  # DDP ignores for good what is frozen when it wraps the model
-    resumed_scheduler.step(epoch)
-    assert resumed_optimizer.epoch == optimizer.epoch
-    assert resumed_optimizer.phase == optimizer.phase
-    for args in ((model, optimizer, scheduler), (resumed, resumed_optimizer, resumed_scheduler)):
+    assert (other.epoch, other.phase) == (optimizer.epoch, optimizer.phase)
+    for args in (model, optimizer), (resumed, other):
         run(*args, done, 8 * STEPS_PER_EPOCH)
     assert_equal(model, resumed)
 
 
-def test_added_groups_take_turns_too():
+def test_added_groups_alternate_too():
     model, head, late = net(), nn.Linear(5, 5), nn.Linear(5, 5)
     optimizer = alternating(model, base='momentum', period=1, momentum=0.)
     optimizer.add_param_group(dict(params=list(head.parameters()), lr=.5))
@@ -494,22 +490,6 @@ def test_added_groups_take_turns_too():
     optimizer.set_epoch(1)
     optimizer.add_param_group(dict(params=list(late.parameters())))
     assert not any(p.requires_grad for p in (*head.parameters(), *late.parameters()))
-
-
-def test_closure():
-    model, by_hand = net(), net()
-    optimizer = alternating(model, period=1, **BASES['sgd'][0])
-    for epoch in range(4):
-        optimizer.set_epoch(epoch)
-        for step in range(STEPS_PER_EPOCH):
-            def closure(index=epoch * STEPS_PER_EPOCH + step):
-                optimizer.zero_grad()
-                loss = loss_of(model, index)
-                loss.backward()
-                return loss
-            assert optimizer.step(closure).item() > 0
-    train_by_hand(by_hand, BASES['sgd'][1], 4, lambda epoch: ['backbone', 'merge'][epoch % 2])
-    assert_equal(model, by_hand)
 
 
 @pytest.mark.parametrize('base', ['sgd', 'adamw'])
@@ -562,6 +542,8 @@ def test_phase_is_logged(caplog):
 def test_schedule(period, merge_period, phases):
     schedule = PhaseSchedule(period, merge_period)
     assert ''.join(schedule.phase(epoch)[0] for epoch in range(8)) == phases
+    assert alternating(net(), period=period, merge_period=merge_period).schedule == schedule
+    assert alternating(net()).schedule == PhaseSchedule(3)
 
 
 @pytest.mark.parametrize('kwargs, message', [
@@ -577,10 +559,6 @@ def test_schedule(period, merge_period, phases):
 def test_bad_arguments(kwargs, message):
     with pytest.raises(ValueError, match=message):
         alternating(net(), **kwargs)
-
-
-def test_the_default_period_is_3():
-    assert alternating(net(), merge_period=1).schedule == PhaseSchedule(3, 1)
 
 
 @pytest.mark.parametrize('side', ['merge', 'backbone'])
