@@ -4,7 +4,7 @@ import gc
 import importlib.util
 import os
 import sys
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import pytest
 import timm
@@ -31,25 +31,14 @@ COMMON = (
     '--opt alternating --opt-kwargs base=sgd period=1 --lr .1 --weight-decay .01 --warmup-epochs 0 --experiment run ')
 
 
-@dataclass(frozen=True)
-class Row:
-    """
-    Args:
-        name: Says what is switched on.
-        args: Arguments of train.py, besides COMMON; {data} is the folder of the images and networks.
-        phases: The phase of every epoch: backbone, merge or joint.
-        start: The first epoch that is run.
-        again: Arguments of a second run, besides those of the first, whose folder is {run}.
-        again_start: The first epoch of the second run.
-        frozen: Beginnings of the names of what train.py itself keeps frozen.
-    """
+class Row(NamedTuple):
     name: str
-    args: str = ''
-    phases: str = 'bmbm'
-    start: int = 0
-    again: str = ''
-    again_start: int = 0
-    frozen: tuple = ()
+    args: str = ''  # of train.py, besides COMMON; {data} is the folder of the images and networks
+    phases: str = 'bmbm'  # of all epochs: backbone, merge or joint
+    start: int = 0  # the first epoch that is run
+    again: str = ''  # arguments of a second run, besides those of the first, whose folder is {run}
+    again_start: int = 0  # the first epoch of the second run
+    frozen: tuple = ()  # beginnings of the names of what train.py itself keeps frozen
     slow: bool = False
 
 

@@ -82,36 +82,18 @@ def summary(folder):
     return list(csv.DictReader((folder / 'summary.csv').open()))
 
 
-def moved(folder, epoch):
-    """Which sides of the network one epoch has changed, from the checkpoints before and after it."""
-    before, after = (load_state_dict(str(folder / f'checkpoint-{e}.pth.tar')) for e in (epoch - 1, epoch))
-    parameters = {k for k in after if 'running' not in k and 'num_batches' not in k}
-    changed = {k for k in parameters if not torch.equal(before[k], after[k])}
-    merge = {k for k in parameters if '.merge.' in k}
-    sides = {'merge': merge, 'backbone': parameters - merge}
-    assert all(changed & side in (set(), side) for side in sides.values())  # all of a side or nothing of it
-    assert any(not torch.equal(before[k], after[k]) for k in after if 'running_mean' in k)
-    return ' and '.join(name for name, side in sides.items() if side <= changed)
-
-
 PLAIN = ('--opt', 'sgd', '--model-kwargs', 'awm=False', '--opt-kwargs', 'filter_bias_and_bn=False')
 PERIOD_2 = ('--opt-kwargs', 'base=sgd', 'period=2', 'filter_bias_and_bn=False')
 
 
-def test_alternation_and_resume(data, tmp_path):
+def test_alternation(data, tmp_path):
     result = train('cifar10/awm_resnet20_cifar', data, tmp_path, *PERIOD_2, '--epochs', 4)
-    folder = tmp_path / 'run'
-    assert [moved(folder, epoch) for epoch in (1, 2, 3)] == ['backbone', 'merge', 'merge']
     assert epochs(result.stderr) == [('0', 'b'), ('1', 'b'), ('2', 'm'), ('3', 'm')]
-    assert [row['train_phase'] for row in summary(folder)] == ['backbone', 'backbone', 'merge', 'merge']
-
-    again = tmp_path / 'again'  # from the middle of the merge phase
-    result = train(
-        'cifar10/awm_resnet20_cifar', data, tmp_path, *PERIOD_2, '--epochs', 6,
-        '--resume', folder / 'checkpoint-2.pth.tar', '--experiment', 'again')
-    assert epochs(result.stderr) == [('3', 'm'), ('4', 'b'), ('5', 'b')]
-    (again / 'checkpoint-2.pth.tar').symlink_to(folder / 'checkpoint-2.pth.tar')
-    assert [moved(again, epoch) for epoch in (3, 4, 5)] == ['merge', 'backbone', 'backbone']
+    assert [row['train_phase'] for row in summary(tmp_path / 'run')] == ['backbone', 'backbone', 'merge', 'merge']
+    before, after = (load_state_dict(str(tmp_path / f'run/checkpoint-{epoch}.pth.tar')) for epoch in (1, 2))
+    changed = {k for k in after if not torch.equal(before[k], after[k])}
+    statistics = {k for k in after if 'running' in k or 'num_batches' in k}
+    assert changed == statistics | {k for k in after if '.merge.' in k}  # BatchNorm's follow in both phases
 
 
 def test_plain_control_and_validate(data, tmp_path):
@@ -144,10 +126,9 @@ def test_two_processes_train_like_one(data, tmp_path):
     train(recipe, data, tmp_path, *args, '-b', 32)
     log = train(
         recipe, data, tmp_path, *args, '-b', 16, '--experiment', 'two',
-        '--device-modules', 'ddp_on_cpu', 'ranks_equal', front=TORCHRUN)
+        '--device-modules', 'ddp_on_cpu', front=TORCHRUN)
     assert log.stderr.count('timm-awm runs') == 1
     assert epochs(log.stderr) == [(str(i), 'bm'[i % 2]) for i in range(6)]
-    assert log.stdout.count('equal after epoch') == 12
     one, two = (load_state_dict(str(tmp_path / name / 'last.pth.tar')) for name in ('run', 'two'))
     torch.testing.assert_close(two, one, rtol=1e-3, atol=1e-5)
 

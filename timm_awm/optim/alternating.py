@@ -218,11 +218,9 @@ def _split(group: Dict[str, Any]) -> List[Dict[str, Any]]:
             f'A parameter group has no {min(own)} of its own: give it to the alternating optimizer as a whole. '
             'ZeroRedundancyOptimizer, which hands such arguments to groups, cannot hold it; DDP works.')
     params = [group['params']] if isinstance(group['params'], Tensor) else list(group['params'])
-    if 'param_names' in group:  # of an optimizer made with named_parameters()
-        params = list(zip(group['param_names'], params))
     merges = {id(p) for p in merge_parameters()}
     sides: Dict[str, List[Any]] = {BACKBONE: [], MERGE: []}
     for param in params:
-        tensor = param[1] if isinstance(param, tuple) else param
+        tensor = param[1] if isinstance(param, tuple) else param  # of named_parameters()
         sides[MERGE if id(tensor) in merges else BACKBONE].append(param)
     return [{'epoch': None, **group, 'params': members, 'side': side} for side, members in sides.items() if members]
