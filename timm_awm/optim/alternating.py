@@ -162,7 +162,7 @@ class Alternating(Optimizer):
 
     def add_param_group(self, param_group: Dict[str, Any]) -> None:
         for part in _split(param_group):
-            self.base.add_param_group({**part, 'epoch': self.epoch})
+            self.base.add_param_group(part)
         if self._frozen:
             self._freeze()
 
