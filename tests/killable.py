@@ -5,12 +5,10 @@ Import it after timm_awm, whose clock it wraps.
 """
 import functools
 import io
-import os
 import sys
 import time
 
 import torch
-from timm.utils import checkpoint_saver
 
 main = sys.modules['__main__']
 train_one_epoch, save = main.train_one_epoch, torch.save
@@ -33,25 +31,5 @@ def slow_save(state, path):
             time.sleep(.05)
 
 
-def slow(function):
-    @functools.wraps(function)
-    def slowly(*args):
-        result = function(*args)
-        time.sleep(.05)
-        return result
-
-    return slowly
-
-
-class SlowOs:
-    """The module os for timm's saver, whose files come and go slowly."""
-    unlink, replace, link, remove = (slow(f) for f in (os.unlink, os.replace, os.link, os.remove))
-    unlink, replace, link, remove = map(staticmethod, (unlink, replace, link, remove))
-
-    def __getattr__(self, name):
-        return getattr(os, name)
-
-
 main.train_one_epoch = in_its_own_order
 torch.save = slow_save
-checkpoint_saver.os = SlowOs()

@@ -1,16 +1,21 @@
+import gc
 import importlib
 import inspect
+import random
 import sys
 from types import ModuleType
 
+import numpy as np
 import pytest
 import timm
 import timm.task
 import torch
+import torch.distributed as dist
 from PIL import Image
 from timm.data import create_transform, transforms_factory
 from timm.optim import create_optimizer_v2
 from timm.task import ClassificationTask
+from timm.utils import random_seed
 from torchvision.transforms.functional import pil_to_tensor
 
 from timm_awm import train_script
@@ -97,3 +102,41 @@ def test_train_py_gets_the_epoch_and_the_summary_the_phase(inside_train_py):
     assert (optimizer.epoch, optimizer.phase) == (3, 'merge')
     assert inside_train_py.train_one_epoch(4, result=None) is None
     assert optimizer.phase == 'backbone'
+
+
+def draw(epoch):
+    return torch.rand(()).item(), np.random.rand(), random.random()
+
+
+def test_a_resumed_run_has_random_numbers_of_its_own(inside_train_py, monkeypatch):
+    def run(seed, *epochs):
+        monkeypatch.setitem(sys.modules, '__main__', script(lambda epoch: draw(epoch)))
+        train_script.install()
+        random_seed(seed)  # as train.py does
+        return [sys.modules['__main__'].train_one_epoch(epoch) for epoch in epochs]
+
+    from_the_start = run(0, 0, 1)
+    random_seed(0)
+    assert from_the_start == [draw(0), draw(1)]  # nothing is changed
+    assert run(0, 10, 11) == run(0, 10, 11)
+    runs = [run(seed, first, first + 1) for seed, first in ((0, 0), (0, 9), (0, 10), (1, 0), (1, 9), (1, 10), (2, 8))]
+    drawn = [x for epochs in runs for epoch in epochs for x in epoch]
+    assert len(set(drawn)) == len(drawn)
+
+
+@pytest.mark.parametrize('period', [0, 1])
+def test_ddp_looks_for_unused_parameters_where_phases_alternate(period, inside_train_py):
+    gc.collect()  # optimizers of other tests
+    model = timm.create_model('awm_resnet14_cifar')
+    optimizer = create_optimizer_v2(model, opt='alternating', lr=.1, period=period)
+    task = ClassificationTask(model, torch.nn.CrossEntropyLoss())
+    dist.init_process_group('gloo', rank=0, world_size=1, store=dist.HashStore())
+    try:
+        task.prepare_distributed()
+        assert task.trainable_module.find_unused_parameters == bool(period)
+        for epoch in range(3):
+            optimizer.set_epoch(epoch)
+            for _ in range(2):  # else the second ends in an error
+                task(torch.randn(2, 3, 32, 32), torch.tensor([0, 1]))['loss'].backward()
+    finally:
+        dist.destroy_process_group()

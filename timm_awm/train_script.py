@@ -1,7 +1,5 @@
-"""Changes to timm, made only inside its train.py (`--device-modules timm_awm`).
-
-They give the epoch to the optimizer and the phase to the summary, add the crop mode 'pad4', let DDP train in phases,
-and give a resumed run new random numbers.
+"""Changes to timm, made only inside its train.py (`--device-modules timm_awm`): the epoch for the optimizer, the phase
+for the summary, the crop mode 'pad4', DDP in phases, and new random numbers for a resumed run.
 """
 import functools
 import inspect
@@ -9,6 +7,7 @@ import sys
 from types import ModuleType
 from typing import Any, Callable, List, Optional
 
+import numpy as np
 import timm
 import timm.task
 import torch
@@ -65,8 +64,9 @@ def _with_epoch(train_one_epoch: Callable) -> Callable:
 
     def with_epoch(epoch: int, *args: Any, **kwargs: Any) -> Any:
         nonlocal started
-        if epoch and not started:  # resumed: with --seed alone it would repeat the batches of its first epochs
-            random_seed(torch.initial_seed() + epoch)
+        if epoch and not started:  # resumed: with --seed alone it would repeat the batches of its first epochs.
+            # hashed, as seed + epoch would give seed 0 at epoch 10 what seed 1 had at epoch 9
+            random_seed(int(np.random.SeedSequence([torch.initial_seed(), epoch]).generate_state(1)[0]))
         started = True
         optim.set_epoch(epoch)
         metrics = train_one_epoch(epoch, *args, **kwargs)

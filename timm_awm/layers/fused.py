@@ -82,7 +82,7 @@ def _is_plain(module: Any, cls: Any, maps: Sequence[Tensor]) -> bool:
     # C++ reads their memory. Dicts, as module.weight takes ten times as long
     parameters, x, channels = module._parameters, maps[0], sum([x.shape[1] for x in maps])
     for p in parameters.values():
-        if type(p) is not nn.Parameter and type(p) is not Tensor or p.device != x.device:
+        if not issubclass(type(p), nn.Parameter) and type(p) is not Tensor or p.device != x.device:
             return False
     if any([name not in parameters for name in _NAMES.get(cls, ())]):
         return False  # FSDP and DataParallel keep them elsewhere
