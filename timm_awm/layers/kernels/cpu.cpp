@@ -111,7 +111,8 @@ static void in_packed_rows(
 template <int I, int O, typename Body>
 static void for_rows(const Shape& s, const A* const (&inputs)[I], A* const (&outputs)[O], const Body& body) {
     // an image at a time reads memory in order; fewer images than threads are cut into bands of channels
-    const int64_t lanes = s.C * 16 / std::gcd(s.C, int64_t(16));  // of bfloat16, what is left over is not vectorised
+    int64_t lanes = s.C * 16 / std::gcd(s.C, int64_t(16));  // of bfloat16, what is left over is not vectorised
+    lanes *= std::max<int64_t>(1, 256 / lanes);
     const bool packed = s.C <= 32 || (lanes <= CAP && s.N >= s.threads);
     const int64_t width = !s.last ? 1 : packed || s.N >= s.threads ? s.C : std::min<int64_t>(64, s.C);
     const int64_t bands = (s.C + width - 1) / width;
