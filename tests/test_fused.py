@@ -10,14 +10,17 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from networks import SMALL, create, images, trained, vary_norms
 from timm.layers import BatchNormAct2d, BlurPool2d
 from timm.utils import freeze
 from torch import Tensor, nn
+from torch.autograd.functional import jacobian
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import timm_awm
-from timm_awm.layers import ConcatMerge, SumMerge, fused_concat, fused_sum, set_fused_merge
+from timm_awm.layers import ConcatMerge, MixingWeights, SumMerge, set_fused_merge
 
 NHWC, NCHW = torch.channels_last, torch.contiguous_format
 both_modes = pytest.mark.parametrize('training', [True, False])
@@ -108,7 +111,7 @@ def test_gradients_of_a_sum(normed, act, training):
     u, v = torch.randn(2, 3, 5, 2, 3, dtype=torch.float64, requires_grad=True).unbind()
 
     def run(u, v, *_):
-        return fused_sum(merge, u, v, norm, nn.ReLU() if act else None)
+        return merge.fused(u, v, norm, nn.ReLU() if act else None)
 
     inputs = (u, v, *merge.parameters(), *(norm.parameters() if normed else ()))
     assert torch.autograd.gradcheck(run, inputs) and torch.autograd.gradgradcheck(run, inputs)
@@ -124,7 +127,7 @@ def test_gradients_of_a_concatenation(normed, training):
     maps = [torch.randn(3, c, 2, 3, dtype=torch.float64, requires_grad=True) for c in channels]
 
     def run(*inputs):
-        return fused_concat(merge, list(inputs[:3]), norm)
+        return merge.fused(list(inputs[:3]), norm)
 
     inputs = (*maps, *merge.parameters(), *(norm.parameters() if normed else ()))
     assert torch.autograd.gradcheck(run, inputs) and torch.autograd.gradgradcheck(run, inputs)
@@ -141,7 +144,7 @@ def test_batchnorm_is_torchs(kwargs, training):
             m.train(training or i == 0)
         u, x = torch.randn(2, 4, 6, 3, 5) * 3 + 10
         set_fused_merge(True)
-        fused = fused_sum(merge, u, x, norm, act)
+        fused = merge.fused(u, x, norm, act)
         set_fused_merge(False)
         torch.testing.assert_close(fused, act(merge(reference(u), x)))
     torch.testing.assert_close(norm.state_dict(), reference.state_dict())
@@ -178,7 +181,7 @@ def test_what_does_not_fit_is_left_to_torch(how, training):
     else:
         merge.mix.weight2 = nn.Parameter(merge.mix.weight2.to('meta'))
     u, x = torch.randn(2, 2, 6, 3, 3)
-    assert fused_sum(merge, u, x, norm, nn.ReLU()) is None
+    assert merge.fused(u, x, norm, nn.ReLU()) is None
 
 
 def test_a_single_value_per_channel_is_torchs_error():
@@ -235,11 +238,6 @@ class Kept(nn.Conv2d):
 class Add(nn.Module):
     def forward(self, branch, shortcut):
         return branch + 2 * shortcut
-
-
-class Watching(TorchDispatchMode):
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        return func(*args, **(kwargs or {}))
 
 
 class Halved(SumMerge):
@@ -340,26 +338,67 @@ def test_inputs_stay_as_they_are():
     assert torch.equal(inputs, kept)
 
 
-def test_what_a_mode_may_keep_is_not_overwritten():
-    block, u = network('awm_resnet14_cifar').eval().layer1[1], torch.randn(2, 16, 8, 8)
-    for mode, overwritten in (nullcontext(), True), (Watching(), False):
-        kept = u.clone()
-        with torch.no_grad(), mode:
-            fused_sum(block.merge, kept, u, block.bn2, block.act2, block.conv2)
-        assert torch.equal(kept, u) != overwritten
+def doubled(function):
+    return lambda *args, **kwargs: 2 * function(*args, **kwargs)
+
+
+class DoubledRelu(TorchFunctionMode):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        return 2 * out if func is F.relu else out
+
+
+class DoubledOutput(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        return 2 * out if 'relu' in func.name() else out
+
+
+@both_modes
+@pytest.mark.parametrize('name', ['awm_resnet14_cifar', 'awm_densenet22_cifar'])
+@pytest.mark.parametrize('owner, function', [
+    (nn.BatchNorm2d, 'forward'), (BatchNormAct2d, 'forward'), (nn.ReLU, 'forward'), (nn.Conv2d, 'forward'),
+    (SumMerge, 'forward'), (ConcatMerge, 'forward'), (MixingWeights, 'forward'), (nn.ReLU, '__call__'),
+    (F, 'batch_norm'), (F, 'relu'), (torch, 'relu'), (DoubledRelu, None), (DoubledOutput, None)], ids=str)
+def test_what_is_replaced_for_the_whole_process_is_obeyed(owner, function, name, training, monkeypatch):
+    """At a class, in torch's functions, by a mode: the plain formula, and nothing that a convolution made is lost."""
+    model = network(name).double().train(training)
+    x = images(dtype=torch.float64)
+    kept = []
+
+    def run(model):
+        with owner() if function is None else nullcontext(), torch.set_grad_enabled(training):
+            return dict(out=model(x))
+
+    if owner is nn.Conv2d:
+        def keep(self, x, own=nn.Conv2d.forward):
+            y = own(self, x)
+            kept.append((y, y.clone()))
+            return y
+        monkeypatch.setattr(nn.Conv2d, 'forward', keep)
+    elif function is not None:
+        monkeypatch.setattr(owner, function, doubled(getattr(owner, function)))
+    plain, fused = both(model, run)
+    assert difference(plain, fused) == 0 and all(torch.equal(y, copied) for y, copied in kept)
+
+
+def test_a_default_device_changes_nothing():
+    merge, x = SumMerge(4), torch.randn(2, 4, 3, 3)
+    with torch.device('cpu'):
+        assert merge.fused(x, x) is not None
 
 
 def test_what_the_kernels_cannot_read_is_left_to_torch():
     merge, x = SumMerge(4), torch.randn(2, 4, 3, 3)
-    assert fused_sum(merge, x, x, nn.BatchNorm2d(4)) is not None
-    assert fused_sum(merge, torch._neg_view(x), x) is None
-    assert fused_sum(merge, x[..., None], x[..., None]) is None
-    assert fused_sum(merge, x.to_sparse(), x.to_sparse()) is fused_sum(merge, x.to_mkldnn(), x.to_mkldnn()) is None
+    assert merge.fused(x, x, nn.BatchNorm2d(4)) is not None
+    assert merge.fused(torch._neg_view(x), x) is None
+    assert merge.fused(x[..., None], x[..., None]) is None
+    assert merge.fused(x.to_sparse(), x.to_sparse()) is merge.fused(x.to_mkldnn(), x.to_mkldnn()) is None
     for module, names in (merge.mix, ('weight1', 'weight2')), (norm := nn.BatchNorm2d(4), ('weight', 'bias')):
         for name in names:  # as in a replica of DataParallel
             p = module._parameters.pop(name)
             setattr(module, name, p.detach())
-        assert fused_sum(merge, x, x, norm) is None
+        assert merge.fused(x, x, norm) is None
 
 
 def test_gradients_that_others_hold_stay_as_they_are():
@@ -381,6 +420,19 @@ def test_backward_twice():
     once = {n: p.grad.clone() for n, p in model.named_parameters()}
     loss.backward()
     assert difference({n: 2 * g for n, g in once.items()}, {n: p.grad for n, p in model.named_parameters()}) < 1e-14
+
+
+@pytest.mark.parametrize('name', ['awm_resnet14_cifar', 'awm_densenet22_cifar'])
+def test_batches_of_gradients(name):
+    x = images(dtype=torch.float64)
+
+    def run(model):
+        weights = [p for n, p in model.named_parameters() if n.endswith('weight1') or 'norm' in n or 'bn' in n]
+        grads = torch.autograd.grad(model(x).sum(0), weights, torch.eye(10).double(), is_grads_batched=True)
+        return {'jacobian': jacobian(model, x, vectorize=True), **{str(i): g for i, g in enumerate(grads)}}
+
+    plain, fused = both(network(name).double(), run)
+    assert difference(plain, fused) < 1e-9
 
 
 def test_transforms_see_the_plain_formula():
@@ -429,9 +481,9 @@ def test_frozen_layers_before_a_merge_need_no_gradient():
 
 MERGE = """
 import torch, timm_awm
-from timm_awm.layers import SumMerge, fused_sum
+from timm_awm.layers import SumMerge
 merge, x = SumMerge(4), torch.ones(2, 4, 3, 3)
-print(timm_awm.__file__, fused_sum(merge, x, x) is not None, torch.equal(merge(x, x), 2 * x))
+print(timm_awm.__file__, merge.fused(x, x) is not None, torch.equal(merge(x, x), 2 * x))
 """
 
 
@@ -456,46 +508,35 @@ def test_the_package_in_a_zip_file(tmp_path):
     assert result.stdout.startswith(path) and result.stdout.endswith(' True True\n'), result.stderr
 
 
-def test_the_environment_says_how_the_switch_starts():
-    code = 'from timm_awm.layers import fused; print(fused._enabled, fused._experimental)'
-    for value, state in [('0', 'False False'), ('2', 'True True'), ('off', '')]:
-        env = {**os.environ, 'TIMM_AWM_FUSED': value}
-        result = subprocess.run([sys.executable, '-c', code], env=env, capture_output=True, text=True)
-        assert result.stdout.strip() == state
-    assert "is 0 (off), 1 (on) or 2 (on GPUs too), not 'off'" in result.stderr
+@pytest.mark.parametrize('value, fused', [('0', False), ('1', True), ('2', True), ('true', True)])
+def test_the_environment_says_how_the_switch_starts(value, fused):
+    result = run_merge(TIMM_AWM_FUSED=value)
+    assert result.stdout.endswith(f' {fused} True\n')
+    assert ("is 0 (off), 1 (on) or 2 (on accelerators too); 'true'" in result.stderr) == (value == 'true')
+
+
+@pytest.mark.slow
+def test_building_is_said_once_and_nothing_else(tmp_path):
+    for times in (1, 0):
+        result = run_merge(TORCHINDUCTOR_CACHE_DIR=str(tmp_path), CUDA_HOME=str(tmp_path))
+        assert result.stdout.endswith(' True True\n')
+        assert result.stderr.count('timm_awm builds its fused merge, once') == times and 'CUDA' not in result.stderr
 
 
 @pytest.mark.slow
 @both_modes
 @pytest.mark.parametrize('name', ['awm_resnet14_cifar', 'awm_densenet22_cifar'])
-def test_compiled_block(name, training):
-    """One block by inductor, without graph breaks, as eagerly; under autocast as far from float64."""
-    model = network(name).train(training)
-    dense = 'dense' in name
-    block = model.features.denseblock1.denselayer3 if dense else model.layer2[1]
-    x = images(8, 16, 48 if dense else 32).contiguous(memory_format=NHWC)
-    maps = x.split([24, 12, 12], dim=1) if dense else x
-    compiled = copy.deepcopy(block)
-    compiled.compile(fullgraph=True)
-    step = train_step(list(maps) if dense else maps, torch.bfloat16)
-    set_fused_merge(False)
-    exact = train_step([m.double() for m in maps] if dense else maps.double())(copy.deepcopy(block).double())
-    set_fused_merge(True)
-    assert difference(exact, step(compiled)) < max(0.1, 3 * difference(exact, step(block)))
-
-
-@pytest.mark.parametrize('name', ['awm_resnet14_cifar', 'awm_densenet22_cifar'])
-def test_compiled_graphs(name):
-    """As eagerly in training, and no graph for every batch size: one, and one for all other sizes."""
-    graphs = []
-
-    def backend(graph, inputs):
-        graphs.append(graph)
-        return graph
-
-    stage = network(name).get_submodule('features.denseblock1' if 'dense' in name else 'layer1').double()
-    compiled = torch.compile(copy.deepcopy(stage), fullgraph=True, backend=backend)
-    for batch in (2, 3, 4, 5):
-        x = images(batch, 8, 24 if 'dense' in name else 16, torch.float64)
-        torch.testing.assert_close(compiled(x), stage(x))
-    assert len(graphs) == 2
+def test_the_compiled_tail_of_accelerators(name, training, monkeypatch):
+    """Here on the CPU, and of other batch sizes: as the plain formula in float64."""
+    model = network(name)
+    block = (model.features.denseblock1.denselayer3 if 'dense' in name else model.layer1[1]).train(training)
+    monkeypatch.setattr('timm_awm.layers.fused._CPP_DEVICES', ())
+    for batch in (4, 3):
+        x = images(batch, 8, 48 if 'dense' in name else 16)
+        maps = list(x.split([24, 12, 12], dim=1)) if 'dense' in name else x
+        set_fused_merge(False)
+        exact = train_step([m.double() for m in maps] if 'dense' in name else x.double())(copy.deepcopy(block).double())
+        set_fused_merge(experimental=True)
+        with torch.profiler.profile() as profile:
+            assert difference(exact, train_step(maps)(copy.deepcopy(block))) < 1e-4
+        assert any('Compiled' in event.key for event in profile.key_averages())

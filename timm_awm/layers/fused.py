@@ -185,19 +185,13 @@ def fuse(
         is_sum: bool,
         conv: Any = None,
 ) -> Optional[Tensor]:
-    """A merge with the BatchNorm and the ReLU beside it, fused.
+    """A merge with the BatchNorm and the ReLU beside it, fused; or None, with nothing done, where it cannot be fused.
 
     Args:
-        merge: Its module.
+        merge: `SumMerge` or `ConcatMerge`, whose `fused` tells the other arguments.
         maps: Branch and shortcut, or what is concatenated: (batch, channels[i], height, width).
-        norm: BatchNorm of the branch in a sum, of what was merged in a concatenation; None for none.
-        act: ReLU that comes last; None for none.
-        skipped: All modules whose call is skipped, None if absent, and the class that each must be of.
+        skipped: Further modules whose call is skipped, None if absent, and the class that each must be of.
         is_sum: Else it is a concatenation.
-        conv: The convolution that made the branch. Nobody else has it then, and without gradients it is overwritten.
-
-    Returns:
-        The merged map; or None, with nothing done, where it cannot be fused.
     """
     if not _can_fuse(merge, maps, norm, skipped, is_sum):
         return None

@@ -56,17 +56,13 @@ class SumMerge(nn.Module):
     def fused(
             self, branch: Tensor, shortcut: Tensor, norm: Any = None, act: Any = None, conv: Any = None,
     ) -> Optional[Tensor]:
-        """act(self(norm(branch), shortcut)), fused.
+        """act(self(norm(branch), shortcut)), fused; or None, with nothing done, where it cannot be fused.
 
         Args:
-            branch: (batch, channels, height, width).
-            shortcut: Of the same shape.
+            branch, shortcut: (batch, channels, height, width).
             norm: BatchNorm2d, none if None.
             act: ReLU, none if None.
             conv: The convolution that made branch. Nobody else has it then, and without gradients it is overwritten.
-
-        Returns:
-            The merged map; or None, with nothing done, where it cannot be fused.
         """
         return fuse(self, (branch, shortcut), norm, act, ((self, SumMerge), (act, nn.ReLU)), is_sum=True, conv=conv)
 
@@ -106,14 +102,11 @@ class ConcatMerge(nn.Module):
         return weigh_concat(self.mix(descriptors(maps)), maps)
 
     def fused(self, maps: List[Tensor], norm: Any = None) -> Optional[Tensor]:
-        """norm(self(maps)), fused.
+        """norm(self(maps)), fused; or None, with nothing done, where it cannot be fused.
 
         Args:
             maps: As many as the merge has paths, (batch, channels[i], height, width).
             norm: timm's BatchNormAct2d with a ReLU, none if None.
-
-        Returns:
-            (batch, sum(channels), height, width); or None, with nothing done, where it cannot be fused.
         """
         act, drop = getattr(norm, 'act', None), getattr(norm, 'drop', None)
         return fuse(self, maps, norm, act, ((self, ConcatMerge), (act, nn.ReLU), (drop, nn.Identity)), is_sum=False)

@@ -61,7 +61,7 @@ def mixing_logits(z: Tensor, weight1: Tensor, weight2: Tensor) -> Tensor:
         return F.linear(hidden, weight2.double()).to(z.dtype)
     if has_torch_function((z,)):  # a proxy, which knows no device
         return handle_torch_function(mixing_logits, (z,), z, weight1, weight2)
-    if z.shape[1] != weight1.shape[1]:
+    if not torch.jit.is_tracing() and z.shape[1] != weight1.shape[1]:
         raise ValueError(f'The paths have {z.shape[1]} channels together, but the merge was made for '
                          f'{weight1.shape[1]}: give it the channels of its paths.')
     weight1, weight2 = weight1.to(z.dtype), weight2.to(z.dtype)
