@@ -43,7 +43,7 @@ def test_same_function_and_names(name):
     assert all(id(p) in kept for p in parameters)
     assert not any(m.training for m in model.modules())
     # where weights came from is not known any more
-    assert not {'tag', 'url', 'hf_hub_id', 'license'} & model.pretrained_cfg.keys()
+    assert not {'tag', 'url', 'hf_hub_id', 'source'} & model.pretrained_cfg.keys()
     assert not torch.equal(trained(model)(images(2, 64)), expected)
 
 
@@ -172,6 +172,8 @@ def test_export_builds_it_again(name, tmp_path):
     config = json.loads((tmp_path / 'out' / 'config.json').read_text())
     assert config['architecture'] == (f'awm_{name}' if name.startswith('resnet18') else 'awm_converted')
     assert 'import timm_awm' in config['pretrained_cfg']['description']
+    # those of timm's weights are not its own
+    assert not {'tag', 'hf_hub_id', 'url', 'license', 'paper_ids'} & config['pretrained_cfg'].keys()
     assert 'import timm_awm' in (tmp_path / 'out' / 'README.md').read_text()
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from . import cpu
-from .mixing import MixingWeights, wide_dtype
+from .mixing import MixingWeights, descriptors, weigh_concat, weigh_sum, wide_dtype
 from .operands import Operands, formula
 from .torch_private import has_memory, is_exactly, is_intercepted
 
@@ -164,13 +164,14 @@ class _FusedMerge(Function):
 
 @functools.lru_cache(maxsize=None)
 def _compiled_tail() -> Any:
-    """The tail of a block as one function by torch.compile, for accelerators. While it compiles, the merge in it is
-    the plain formula."""
-    def tail(merge: Any, maps: List[Tensor], norm: Any, act: Any, is_sum: bool) -> Tensor:
+    """The tail of a block, by the plain formula, as one function by torch.compile: for accelerators."""
+    def tail(mix: Any, maps: List[Tensor], norm: Any, act: Any, is_sum: bool) -> Tensor:
         if not is_sum:
-            return merge(maps) if norm is None else norm(merge(maps))
-        branch, shortcut = maps
-        y = merge(branch if norm is None else norm(branch), shortcut)
+            y = weigh_concat(mix(descriptors(maps)), maps)
+            return y if norm is None else norm(y)
+        if norm is not None:
+            maps = [norm(maps[0]), maps[1]]
+        y = weigh_sum(mix(descriptors(maps)), *maps)
         return y if act is None else act(y)
 
     return torch.compile(tail, dynamic=True)
@@ -198,7 +199,7 @@ def fuse(
     first, own = maps[0], merge.mix._parameters
     if first.device.type not in _CPP_DEVICES:
         with torch._dynamo.config.patch(recompile_limit=64):  # a DenseNet has as many kinds of merges as layers
-            return _compiled_tail()(merge, list(maps), norm, act, is_sum)
+            return _compiled_tail()(merge.mix, list(maps), norm, act, is_sum)
     dtype = wide_dtype(first)
     of_norm: Any
     if norm is None:
