@@ -461,9 +461,14 @@ print(timm_awm.__file__, merge.fused(x, x) is not None, torch.equal(merge(x, x),
 """
 
 
-def run_merge(*flags, **env):
+def run_merge(*flags, before='', **env):
     return subprocess.run(
-        [sys.executable, *flags, '-c', MERGE], env={**os.environ, **env}, capture_output=True, text=True)
+        [sys.executable, *flags, '-c', before + MERGE], env={**os.environ, **env}, capture_output=True, text=True)
+
+
+def test_what_was_replaced_before_the_import_is_obeyed():
+    result = run_merge(before='from torch import nn; nn.ReLU.forward = lambda self, x: x')
+    assert result.stdout.endswith(' False True\n'), result.stderr
 
 
 @pytest.mark.parametrize('env, why', [
