@@ -41,6 +41,9 @@ def test_same_function_and_names(name):
     assert [k for k in model.state_dict() if '.merge.' not in k] == names
     kept = {id(p) for p in model.parameters()}
     assert all(id(p) in kept for p in parameters)
+    assert not any(m.training for m in model.modules())
+    # where weights came from is not known any more
+    assert not {'tag', 'url', 'hf_hub_id', 'source'} & model.pretrained_cfg.keys()
     assert not torch.equal(trained(model)(images(2, 64)), expected)
 
 

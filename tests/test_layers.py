@@ -17,6 +17,7 @@ from timm_awm.layers import (
     SumMerge,
     merge_parameters,
     record_mixing_weights,
+    set_fused_merge,
 )
 from timm_awm.layers.mixing import channel_mean, scaled_mixing_weights
 
@@ -133,6 +134,19 @@ def test_concat_merge_refuses_another_number_of_maps(channels):
     merge = ConcatMerge([8, 8] if len(channels) == 4 else [4, 4])  # as many channels in all
     with pytest.raises(ValueError, match=f'Got {len(channels)} maps for a merge of 2 paths'):
         merge([torch.randn(2, c, 3, 3) for c in channels])
+
+
+@pytest.mark.parametrize('fused', [True, False])
+def test_another_number_of_channels_is_refused(fused):
+    set_fused_merge(fused)
+    x = torch.randn(2, 6, 3, 3)
+    for call in (lambda: SumMerge(8)(x, x), lambda: ConcatMerge([8, 8])([x, x])):
+        with pytest.raises(ValueError, match='paths have 12 channels together, but the merge was made for 16'):
+            call()
+
+
+def test_a_merge_prints_its_channels_and_its_hidden_width():
+    assert 'channels=64' in repr(SumMerge(64)) and 'hidden_features=16' in repr(SumMerge(64))
 
 
 def test_reset_parameters_returns_to_the_identity():

@@ -13,6 +13,7 @@ from timm.models import BasicBlock, DenseNet, ResNet
 from timm.models.densenet import DenseBlock, DenseLayer
 from timm.optim import create_optimizer_v2
 from torch.fx.experimental.optimization import optimize_for_inference
+from torch.utils.mkldnn import to_mkldnn
 
 from timm_awm import convert
 from timm_awm.layers import ConcatMerge, SumMerge, merge_parameters, record_mixing_weights
@@ -295,9 +296,9 @@ def test_symbolic_trace(name):
         torch.testing.assert_close(copy.deepcopy(traced).double()(x.double()), model.double()(x.double()))
 
 
-@pytest.mark.usefixtures('unfused')
 @pytest.mark.parametrize('name', ['awm_resnet14_cifar', 'awm_densenet22_cifar'])
-def test_the_plain_formula_compiles_without_graph_breaks(name):
+def test_compiles_without_graph_breaks(name):
+    """As it is computed eagerly, where it is fused."""
     model = create(name, away=True).double()
     compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend='aot_eager')
     x = images(dtype=torch.float64)
@@ -309,11 +310,13 @@ def test_the_plain_formula_compiles_without_graph_breaks(name):
         torch.testing.assert_close(p.grad, q.grad)
 
 
-def test_modules_stand_in_timms_order():
-    model = create('awm_resnet14_cifar')
-    assert list(dict(model.named_children())) == list(dict(timm.create_model('resnet10t').named_children()))
-    pooled = nn.Sequential(*list(model.children())[:-1])(images())  # as feature extractors cut it
-    assert pooled.shape == (2, 64)
+@pytest.mark.parametrize('name', ['awm_resnet14_cifar', 'awm_resnet26d'])
+def test_onednns_own_layout(name):
+    model = create(name, away=True).eval()
+    x = images()
+    with torch.no_grad():
+        expected = model(x)
+        torch.testing.assert_close(to_mkldnn(model)(x.to_mkldnn()).to_dense(), expected, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize('name', SMALL)
@@ -416,7 +419,7 @@ def test_checkpoints_that_do_not_fit():
     refused(model, create('awm_resnet18').state_dict(), 'another architecture')
     refused(model, create('awm_resnet14_cifar', num_classes=7).state_dict(), 'have another shape.*fc.bias')
     plain = create('awm_resnet14_cifar', awm=False, seed=1)
-    refused(model, plain.state_dict(), 'plain network.*pretrained_cfg_overlay')
+    refused(model, plain.state_dict(), 'plain network.*pretrained_cfg_overlay=dict.file=..., num_classes=10')
     damaged = other.state_dict()
     del damaged['layer2.1.merge.mix.weight1']
     refused(model, damaged, '1 are missing .layer2.1.merge.*damaged')
@@ -436,6 +439,18 @@ def test_plain_checkpoint_starts_awm_at_the_identity(tmp_path):
     assert torch.equal(model(x), plain(x))
     fewer = create('awm_resnet14_cifar', pretrained=True, pretrained_cfg_overlay=overlay, num_classes=3).eval()
     assert torch.equal(fewer.forward_features(x), plain.forward_features(x))
+
+
+@pytest.mark.usefixtures('unfused')
+def test_a_plain_checkpoint_of_ones_own_keeps_its_classifier_as_the_error_says(tmp_path):
+    plain = create('awm_resnet14_cifar', awm=False, seed=1, num_classes=3).eval()
+    save_file(plain.state_dict(), tmp_path / 'plain.safetensors')
+    with pytest.raises(RuntimeError) as refusal:
+        create('awm_resnet14_cifar', num_classes=3).load_state_dict(plain.state_dict())
+    advice = re.search(r'create_model\(\.\.\., (.*?\))\)', str(refusal.value))[1].replace('file=...', 'file=FILE')
+    args = eval(f'dict({advice})', dict(FILE=str(tmp_path / 'plain.safetensors')))
+    model = create('awm_resnet14_cifar', num_classes=3, **args).eval()
+    assert torch.equal(model(images()), plain(images()))
 
 
 @pytest.mark.usefixtures('unfused')

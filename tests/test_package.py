@@ -1,6 +1,10 @@
+import importlib
+import pkgutil
+import pydoc
 from importlib.metadata import files, version
 from importlib.resources import files as resources
 from pathlib import Path
+from types import ModuleType
 
 import timm_awm
 
@@ -12,9 +16,20 @@ def test_the_package_carries_its_recipes_types_and_kernels():
     recipes = {f'timm_awm/{path.relative_to(ROOT)}' for path in (ROOT / 'recipes').rglob('*') if path.is_file()}
     assert len(recipes) > 2 and recipes <= installed
     assert (resources('timm_awm') / 'py.typed').is_file()
-    assert (resources('timm_awm') / 'layers' / 'kernels' / 'cpu.cpp').is_file()
+    assert (resources('timm_awm') / 'layers' / 'cpu.cpp').is_file()
 
 
 def test_version_stands_in_the_changelog():
     assert timm_awm.__version__ == version('timm-awm')
     assert f'## {timm_awm.__version__} (' in (ROOT / 'CHANGELOG.md').read_text()
+
+
+def test_help_shows_what_is_public():
+    text = pydoc.plain(pydoc.render_doc(timm_awm))
+    assert all(f' {name}(' in text for name in timm_awm.__all__)
+
+
+def test_no_module_is_hidden_by_a_function_of_its_name():
+    for module in pkgutil.walk_packages(timm_awm.__path__, 'timm_awm.'):
+        package, _, own = module.name.rpartition('.')
+        assert isinstance(getattr(importlib.import_module(package), own, timm_awm), ModuleType), module.name

@@ -5,8 +5,14 @@ in timm, except inside timm's own train.py.
 """
 __version__ = '0.1.0'
 
-from . import layers, models, optim, train_script
-from .convert import convert
-from .layers import record_mixing_weights, set_fused_merge
+from . import train_script
+from .hub import save_for_hub
+from .layers import ConcatMerge, SumMerge, record_mixing_weights, set_fused_merge
+from .models import AwmDenseNet, AwmResNet, convert
+from .optim import Alternating, set_epoch
+
+__all__ = [
+    'Alternating', 'AwmDenseNet', 'AwmResNet', 'ConcatMerge', 'SumMerge', 'convert', 'record_mixing_weights',
+    'save_for_hub', 'set_epoch', 'set_fused_merge']
 
 train_script.install()

@@ -1,4 +1,5 @@
 from .fused import set_fused_merge
-from .merge import ConcatMerge, SumMerge, fused_concat, fused_sum
-from .mixing import MixingWeights, count_parameters, merge_parameters, renew_compiled_guards
+from .merge import ConcatMerge, SumMerge
+from .mixing import MixingWeights, count_parameters
 from .record import record_mixing_weights
+from .registry import merge_parameters, renew_compiled_guards

@@ -1,27 +1,33 @@
-"""What fused merges are made of: one autograd function around the kernels, and what may be fused at all.
+"""The fused merge: what may be fused at all, which is decided here and nowhere else, and its way through autograd.
 
 A merge, with the BatchNorm and the ReLU beside it, is y = relu(a · u + b · v + c), with coefficients for each image and
 channel that follow from the channels' means and variances. docs/method.md derives it, and its gradients.
 """
+import functools
+import logging
 import os
-from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple
+from typing import Any, List, Optional, Sequence, Tuple
 
 import torch
+import torch.nn.functional as F
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from . import kernels
-from .kernels import formula
-from .mixing import MixingWeights, wide_dtype
-from .torch_private import is_exactly, is_intercepted, is_watched
+from . import cpu
+from .mixing import MixingWeights, descriptors, weigh_concat, weigh_sum, wide_dtype
+from .operands import Operands, formula
+from .torch_private import has_memory, is_exactly, is_intercepted
 
-__all__ = ['set_fused_merge', 'can_fuse', 'fused_merge']
+__all__ = ['set_fused_merge', 'trust', 'fuse']
 
 _start = os.environ.get('TIMM_AWM_FUSED', '1')
 if _start not in ('0', '1', '2'):
-    raise ValueError(f'The environment variable TIMM_AWM_FUSED is 0 (off), 1 (on) or 2 (on GPUs too), not {_start!r}.')
+    logging.getLogger(__name__).warning(
+        f'The environment variable TIMM_AWM_FUSED is 0 (off), 1 (on) or 2 (on accelerators too); {_start!r} is taken '
+        'for 1.')
 _enabled, _experimental = _start != '0', _start == '2'
+_CPP_DEVICES = {'cpu'}  # on others torch.compile fuses
 
 
 def set_fused_merge(enable: bool = True, experimental: bool = False) -> None:
@@ -30,77 +36,79 @@ def set_fused_merge(enable: bool = True, experimental: bool = False) -> None:
     The environment variable TIMM_AWM_FUSED (0: off, 1: on, 2: experimental too) says how it starts.
 
     Off, a merge is computed by the plain formula, and an AWM network at the identity start gives bit for bit the output
-    of the plain network. On, it differs by the rounding of floating point. Merges that cannot be fused are computed by
-    the plain formula anyway.
+    of the plain network. On, it differs by the rounding of floating point. Merges that cannot be fused, and those of a
+    compiled network, are computed by the plain formula anyway.
 
     Args:
         enable: Fuse on CPUs, where a C++ compiler is found.
-        experimental: Fuse on NVIDIA GPUs too, by Triton kernels that nobody has timed yet.
+        experimental: Fuse on accelerators too, by torch.compile, which nobody has timed there yet; what is fused so
+            cannot be differentiated twice.
     """
     global _enabled, _experimental
     _enabled, _experimental = enable, enable and experimental
 
 
-def can_fuse(maps: Sequence[Tensor], skipped: Iterable[Tuple[Optional[nn.Module], type]]) -> bool:
-    """Whether a merge of these maps can be fused. This is the one place that decides it.
+# A fused merge skips the calls of these functions: one that somebody has replaced must be called.
+_trusted: List[Tuple[Any, str, Any]] = []
 
-    Args:
-        maps: What is merged, (batch, channels[i], height, width).
-        skipped: The modules whose call would be skipped, None if absent, and the class that each must be of. A
-            module is trusted only if it is exactly of this class and nothing hangs on its call.
-    """
-    if not _enabled:
+
+def trust(owner: Any, *names: str) -> None:
+    """Remember functions as they are; one that is replaced already, by neither torch, timm nor this package, is not
+    trusted."""
+    for name in names:
+        function = getattr(owner, name)
+        module = getattr(function, '__module__', None) or 'torch'  # torch's built-in functions have none
+        own = module.partition('.')[0] in ('torch', 'timm', __name__.partition('.')[0])
+        _trusted.append((owner, name, function if own and not hasattr(function, '__wrapped__') else None))
+
+
+for _class in (nn.BatchNorm2d, BatchNormAct2d, nn.ReLU, nn.Identity, nn.Conv2d, MixingWeights):
+    trust(_class, 'forward', '__call__')
+trust(nn.Conv2d, '_conv_forward')
+trust(F, 'batch_norm', 'relu', 'conv2d', 'linear', 'softplus')
+trust(torch, 'batch_norm', 'relu', 'relu_', 'conv2d')
+
+
+def _can_fuse(
+        merge: Any, maps: Sequence[Tensor], norm: Any, skipped: Sequence[Tuple[Any, type]], is_sum: bool) -> bool:
+    """Whether a merge can be fused: nothing is skipped that somebody has changed, and C++, which reads memory, finds
+    what it expects. A module is trusted only if it is exactly of its class and nothing hangs on its call."""
+    if not _enabled or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
     first = maps[0]
     dtype, device = first.dtype, first.device
     for x in maps:  # before anything is asked that a proxy of torch.fx cannot answer
-        if type(x) is not Tensor or x.layout != torch.strided or x.dtype != dtype or x.device != device:
+        if (
+                type(x) is not Tensor or x.layout != torch.strided or x.dtype != dtype or x.device != device
+                or x.dim() != 4 or x.is_neg()
+        ):
             return False
-        if x.dim() != 4 or not torch.compiler.is_compiling() and x.is_neg():
-            return False
-    if (
-            first.numel() == 0
-            or torch.compiler.is_exporting()
-            or torch.jit.is_tracing()
-            or first.is_cuda and not _experimental
-            or is_intercepted()
-    ):
+    if first.numel() == 0 or is_sum and maps[1].shape != first.shape or is_intercepted():
         return False
-    for module, cls in skipped:
-        if module is not None and not _is_plain(module, cls, maps):
-            return False
-    return kernels.is_available(first)
-
-
-_NAMES: Dict[Any, Sequence[str]] = {
-    MixingWeights: ('weight1', 'weight2'), nn.BatchNorm2d: ('weight', 'bias'), BatchNormAct2d: ('weight', 'bias')}
-
-
-def _is_plain(module: Any, cls: Any, maps: Sequence[Tensor]) -> bool:
-    if not is_exactly(module, cls):
+    if any([getattr(owner, name) is not function for owner, name, function in _trusted]):
         return False
-    # C++ reads their memory. Dicts, as module.weight takes ten times as long
-    parameters, x, channels = module._parameters, maps[0], sum([x.shape[1] for x in maps])
-    for p in parameters.values():
-        if not issubclass(type(p), nn.Parameter) and type(p) is not Tensor or p.device != x.device:
+    mix: Any = getattr(merge, 'mix', None)
+    for module, cls in (*skipped, (mix, MixingWeights), (norm, nn.BatchNorm2d if is_sum else BatchNormAct2d)):
+        if module is not None and not is_exactly(module, cls):
             return False
-    if any([name not in parameters for name in _NAMES.get(cls, ())]):
-        return False  # FSDP and DataParallel keep them elsewhere
-    if cls is MixingWeights:
-        weight1, weight2 = parameters['weight1'], parameters['weight2']
-        return weight1.shape == (len(weight1), channels) and weight2.shape == (len(maps), len(weight1))
-    if not parameters:
-        return True
-    if x.numel() == x.shape[1] and uses_batch_statistics(module):
+    # dicts, as module.weight takes ten times as long; FSDP and DataParallel keep parameters elsewhere
+    channels = sum([x.shape[1] for x in maps])
+    weight1, weight2 = parameters = [mix._parameters.get(name) for name in ('weight1', 'weight2')]
+    statistics: List[Any] = []
+    if norm is not None:
+        parameters = [weight1, weight2, norm._parameters.get('weight'), norm._parameters.get('bias')]
+        statistics = [norm._buffers['running_mean'], norm._buffers['running_var']]
+        if first.numel() == first.shape[1] and uses_batch_statistics(norm):
+            return False
+    if not all([(issubclass(type(p), nn.Parameter) or type(p) is Tensor) and p.device == device for p in parameters]):
         return False
-    if cls is nn.BatchNorm2d:
-        channels = x.shape[1]  # of a sum, it normalises the branch
-    dtype = wide_dtype(x)
-    buffers = module._buffers['running_mean'], module._buffers['running_var']
-    for p in (parameters['weight'], parameters['bias'], *buffers):
-        if p is not None and (p.dtype != dtype or p.device != x.device or p.shape != (channels,)):
+    if weight1.shape != (len(weight1), channels) or weight2.shape != (len(maps), len(weight1)):
+        return False
+    width, wide = first.shape[1] if is_sum else channels, wide_dtype(first)  # of a sum, the branch is normalised
+    for p in (*parameters[2:], *statistics):
+        if p is not None and (p.dtype != wide or p.device != device or p.shape != (width,)):
             return False
-    return True
+    return cpu.is_available(dtype) if device.type in _CPP_DEVICES else _experimental
 
 
 def uses_batch_statistics(norm: nn.BatchNorm2d) -> bool:
@@ -118,77 +126,95 @@ def _update_running(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor, count: int)
     norm.running_var.lerp_(var * (count / (count - 1)), momentum)
 
 
-def _arguments(options: Sequence[Any], parameters: Sequence[Any], maps: Sequence[Tensor]) -> Tuple[Any, ...]:
-    """Those of `kernels.merge`."""
-    is_sum, eps, relu = options
-    u, v = maps if is_sum else (torch.cat(list(maps), dim=1), None)
-    return u, v, *parameters, eps, [x.shape[1] for x in maps], relu
-
-
 class _FusedMerge(Function):
-    """`kernels.merge` and the mean and the variance that BatchNorm uses.
+    """The fused merge on CPUs, and the mean and the variance that BatchNorm uses.
 
     Of a concatenation it keeps the maps, which many merges share, and concatenates them again to go backward.
     """
 
     @staticmethod
-    def forward(ctx: Any, is_sum: bool, eps: float, relu: bool, *inputs: Any) -> Tuple[Tensor, Tensor]:
-        ctx.options = is_sum, eps, relu
-        y, saved, stats = kernels.merge(*_arguments(ctx.options, inputs[:6], inputs[6:]))
-        ctx.save_for_backward(saved, *inputs)
+    def forward(ctx: Any, *flat: Any) -> Tuple[Tensor, Tensor]:
+        operands = Operands.of(*flat)
+        ctx.options = operands.is_sum, operands.eps, operands.relu
+        y, saved, stats = cpu.merge(operands)
+        ctx.save_for_backward(saved, *flat[len(ctx.options):])
         ctx.mark_non_differentiable(stats)
         return y, stats
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Any) -> Tuple[Optional[Tensor], ...]:
         results: Any
-        saved, *inputs = ctx.saved_tensors
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            # it is itself differentiated (create_graph=True): autograd's, of the plain formula. The inputs are aliases,
-            # for one may be computed from another
-            aliases: List[Any] = [x if x is None else x.view_as(x) for x in inputs]
-            y = formula.merge(*_arguments(ctx.options, aliases[:6], aliases[6:]))
-            needed = ctx.needs_input_grad[3:]
-            results = iter(torch.autograd.grad(
-                y, [x for x, need in zip(aliases, needed) if need], grad, create_graph=True, allow_unused=True))
-            return None, None, None, *(next(results) if need else None for need in needed)
-        maps = inputs[6:]
-        results = kernels.merge_backward(grad, saved, *_arguments(ctx.options, inputs[:6], maps))
-        grad_u, grad_v, *grads = results
-        of_maps = grad_u.split([x.shape[1] for x in maps], dim=1) if grad_v is None else (grad_u, grad_v)
-        return None, None, None, *grads, None, None, *of_maps
+        saved, *tensors = ctx.saved_tensors
+        operands = Operands.of(*ctx.options, *tensors)
+        create_graph = torch.is_grad_enabled()
+        if create_graph or not has_memory(grad) or is_intercepted():
+            # it is itself differentiated, or of a batch of gradients, or watched: autograd's, of the plain formula
+            needed = ctx.needs_input_grad
+            with torch.enable_grad():  # of aliases, for one input may be computed from another
+                flat = [x.view_as(x) if isinstance(x, Tensor) else x for x in operands.flat()]
+                y = formula(Operands.of(*flat))
+                results = iter(torch.autograd.grad(
+                    y, [x for x, need in zip(flat, needed) if need], grad, create_graph=create_graph,
+                    allow_unused=True))
+            return tuple([next(results) if need else None for need in needed])
+        grad_u, grad_v, *grads = cpu.merge_backward(grad, saved, operands)
+        of_maps = grad_u.split(operands.channels(), dim=1) if grad_v is None else (grad_u, grad_v)
+        return *[None for _ in ctx.options], *grads, None, None, *of_maps
 
 
-def fused_merge(
-        maps: Sequence[Tensor], mix: Any, norm: Optional[nn.BatchNorm2d], relu: bool, is_sum: bool,
-        overwrite: bool = False,
-) -> Tensor:
-    """A merge that `can_fuse` allowed.
+@functools.lru_cache(maxsize=None)
+def _compiled_tail() -> Any:
+    """The tail of a block, by the plain formula, as one function by torch.compile: for accelerators."""
+    def tail(mix: Any, maps: List[Tensor], norm: Any, act: Any, is_sum: bool) -> Tensor:
+        if not is_sum:
+            y = weigh_concat(mix(descriptors(maps)), maps)
+            return y if norm is None else norm(y)
+        if norm is not None:
+            maps = [norm(maps[0]), maps[1]]
+        y = weigh_sum(mix(descriptors(maps)), *maps)
+        return y if act is None else act(y)
+
+    return torch.compile(tail, dynamic=True)
+
+
+def fuse(
+        merge: Any,
+        maps: Sequence[Tensor],
+        norm: Any,
+        act: Any,
+        skipped: Sequence[Tuple[Any, type]],
+        is_sum: bool,
+        conv: Any = None,
+) -> Optional[Tensor]:
+    """A merge with the BatchNorm and the ReLU beside it, fused; or None, with nothing done, where it cannot be fused.
 
     Args:
-        maps: Branch and shortcut, or what is concatenated.
-        mix: `MixingWeights`.
-        norm: Of the branch in a sum, of what was merged in a concatenation; None for none.
-        relu: Whether a ReLU comes last.
+        merge: `SumMerge` or `ConcatMerge`, whose `fused` tells the other arguments.
+        maps: Branch and shortcut, or what is concatenated: (batch, channels[i], height, width).
+        skipped: Further modules whose call is skipped, None if absent, and the class that each must be of.
         is_sum: Else it is a concatenation.
-        overwrite: Whether the branch may be overwritten where no gradients are recorded.
     """
-    first = maps[0]
+    if not _can_fuse(merge, maps, norm, skipped, is_sum):
+        return None
+    first, own = maps[0], merge.mix._parameters
+    if first.device.type not in _CPP_DEVICES:
+        with torch._dynamo.config.patch(recompile_limit=64):  # a DenseNet has as many kinds of merges as layers
+            return _compiled_tail()(merge.mix, list(maps), norm, act, is_sum)
     dtype = wide_dtype(first)
-    parameters = [mix._parameters[name].to(dtype) for name in ('weight1', 'weight2')]
+    of_norm: Any
     if norm is None:
-        ones = torch.ones(sum([x.shape[1] for x in maps[:1 if is_sum else None]]), dtype=dtype, device=first.device)
-        parameters += [ones, 0 * ones, 0 * ones, 1 * ones]  # the identity
+        ones = torch.ones(sum([x.shape[1] for x in maps[:1 if is_sum else None]]), dtype=dtype)
+        of_norm = ones, 0 * ones, 0 * ones, 1 * ones  # the identity
     else:
-        own, buffers = norm._parameters, norm._buffers
+        buffers = norm._buffers
         running = (None, None) if uses_batch_statistics(norm) else (buffers['running_mean'], buffers['running_var'])
-        parameters += [own['weight'], own['bias'], *running]
-    options = is_sum, 0. if norm is None else norm.eps, relu
+        of_norm = norm._parameters['weight'], norm._parameters['bias'], *running
+    weights = own['weight1'].to(dtype), own['weight2'].to(dtype)
+    operands = Operands.of(is_sum, 0. if norm is None else norm.eps, act is not None, *weights, *of_norm, *maps)
     if torch.is_grad_enabled():
-        y, stats = _FusedMerge.apply(*options, *parameters, *maps)
+        y, stats = _FusedMerge.apply(*operands.flat())
     else:
-        y, _, stats = kernels.merge(
-            *_arguments(options, parameters, maps), overwrite=not is_sum or overwrite and not is_watched())
+        y, _, stats = cpu.merge(operands, overwrite=not is_sum or is_exactly(conv, nn.Conv2d))
     if norm is not None:
         _update_running(norm, stats[0], stats[1], len(y) * y.shape[2] * y.shape[3])
     return y

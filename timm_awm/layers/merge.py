@@ -9,14 +9,12 @@ rounded once, to the dtype of its paths.
 from typing import Any, List, Optional, Sequence
 
 import torch
-from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
-from .fused import can_fuse, fused_merge
-from .mixing import MixingWeights, channel_mean
-from .torch_private import is_exactly
+from .fused import fuse, trust
+from .mixing import MixingWeights, descriptors, is_mkldnn, weigh_concat, weigh_sum
 
-__all__ = ['SumMerge', 'ConcatMerge', 'fused_sum', 'fused_concat']
+__all__ = ['SumMerge', 'ConcatMerge']
 
 
 class SumMerge(nn.Module):
@@ -29,7 +27,11 @@ class SumMerge(nn.Module):
 
     def __init__(self, channels: int, hidden_features: int = 16, device: Any = None, dtype: Any = None) -> None:
         super().__init__()
+        self.channels = channels
         self.mix = MixingWeights(2 * channels, 2, hidden_features, device=device, dtype=dtype)
+
+    def extra_repr(self) -> str:
+        return f'channels={self.channels}'
 
     def forward(self, branch: Tensor, shortcut: Tensor) -> Tensor:
         """
@@ -39,16 +41,30 @@ class SumMerge(nn.Module):
 
         Returns:
             The merged map, of the same shape, in the dtype of branch.
+
+        Raises:
+            ValueError: The paths have more or fewer channels.
         """
         if not torch.jit.is_scripting():
-            fused = fused_sum(self, branch, shortcut)
+            fused = self.fused(branch, shortcut)
             if fused is not None:
                 return fused
-        scales = self.mix(torch.cat([channel_mean(branch), channel_mean(shortcut)], dim=1))
-        # a · F + b · x and no lerp: the plain sum, bit for bit, at λ = ½. mul, as `*` of torch.fx's
-        # optimize_for_inference cannot broadcast
-        a, b = scales.view(-1, 2, 1, 1, 1).unbind(1)
-        return (branch.mul(a) + shortcut.mul(b)).to(branch.dtype)
+            if is_mkldnn(branch):
+                return self.forward(branch.to_dense(), shortcut.to_dense()).to_mkldnn()
+        return weigh_sum(self.mix(descriptors([branch, shortcut])), branch, shortcut)
+
+    def fused(
+            self, branch: Tensor, shortcut: Tensor, norm: Any = None, act: Any = None, conv: Any = None,
+    ) -> Optional[Tensor]:
+        """act(self(norm(branch), shortcut)), fused; or None, with nothing done, where it cannot be fused.
+
+        Args:
+            branch, shortcut: (batch, channels, height, width).
+            norm: BatchNorm2d, none if None.
+            act: ReLU, none if None.
+            conv: The convolution that made branch. Nobody else has it then, and without gradients it is overwritten.
+        """
+        return fuse(self, (branch, shortcut), norm, act, ((self, SumMerge), (act, nn.ReLU)), is_sum=True, conv=conv)
 
 
 class ConcatMerge(nn.Module):
@@ -73,61 +89,28 @@ class ConcatMerge(nn.Module):
             (batch, sum(channels), height, width).
 
         Raises:
-            ValueError: The number of maps is not that of the weights.
+            ValueError: There are more or fewer maps, or channels.
         """
         if len(maps) != self.mix.num_paths:
             raise ValueError(f'Got {len(maps)} maps for a merge of {self.mix.num_paths} paths.')
         if not torch.jit.is_scripting():
-            fused = fused_concat(self, maps)
+            fused = self.fused(maps)
             if fused is not None:
                 return fused
-        scales = self.mix(torch.cat([channel_mean(x) for x in maps], dim=1))
-        weights = scales[:, :, None, None, None]
-        return torch.cat([x.mul(weights[:, i]).to(x.dtype) for i, x in enumerate(maps)], dim=1)
+            if is_mkldnn(maps[0]):
+                return self.forward([x.to_dense() for x in maps]).to_mkldnn()
+        return weigh_concat(self.mix(descriptors(maps)), maps)
+
+    def fused(self, maps: List[Tensor], norm: Any = None) -> Optional[Tensor]:
+        """norm(self(maps)), fused; or None, with nothing done, where it cannot be fused.
+
+        Args:
+            maps: As many as the merge has paths, (batch, channels[i], height, width).
+            norm: timm's BatchNormAct2d with a ReLU, none if None.
+        """
+        act, drop = getattr(norm, 'act', None), getattr(norm, 'drop', None)
+        return fuse(self, maps, norm, act, ((self, ConcatMerge), (act, nn.ReLU), (drop, nn.Identity)), is_sum=False)
 
 
-def fused_sum(
-        merge: nn.Module,
-        branch: Tensor,
-        shortcut: Tensor,
-        norm: Optional[nn.Module] = None,
-        act: Optional[nn.Module] = None,
-        conv: Optional[nn.Module] = None,
-) -> Optional[Tensor]:
-    """act(merge(norm(branch), shortcut)), fused.
-
-    Args:
-        merge: A `SumMerge`.
-        branch: (batch, channels, height, width).
-        shortcut: Of the same shape.
-        norm: BatchNorm2d, none if None.
-        act: ReLU, none if None.
-        conv: The convolution that made branch. Nobody else has it then, and without gradients it is overwritten.
-
-    Returns:
-        The merged map; or None, with nothing done, where it cannot be fused.
-    """
-    skipped = ((merge, SumMerge), (getattr(merge, 'mix', None), MixingWeights), (norm, nn.BatchNorm2d), (act, nn.ReLU))
-    if not can_fuse((branch, shortcut), skipped) or branch.shape != shortcut.shape:
-        return None
-    return fused_merge(
-        (branch, shortcut), merge.mix, norm, act is not None, is_sum=True, overwrite=is_exactly(conv, nn.Conv2d))
-
-
-def fused_concat(merge: nn.Module, maps: List[Tensor], norm: Optional[nn.Module] = None) -> Optional[Tensor]:
-    """norm(merge(maps)), fused.
-
-    Args:
-        merge: A `ConcatMerge`.
-        maps: As many as the merge has paths, (batch, channels[i], height, width).
-        norm: timm's BatchNormAct2d with a ReLU, none if None.
-
-    Returns:
-        (batch, sum(channels), height, width); or None, with nothing done, where it cannot be fused.
-    """
-    skipped = [(merge, ConcatMerge), (getattr(merge, 'mix', None), MixingWeights), (norm, BatchNormAct2d)]
-    if norm is not None:
-        skipped += [(getattr(norm, 'act', None), nn.ReLU), (getattr(norm, 'drop', None), nn.Identity)]
-    if not can_fuse(maps, skipped):
-        return None
-    return fused_merge(maps, merge.mix, norm, norm is not None, is_sum=False)
+trust(SumMerge, 'forward', '__call__')
+trust(ConcatMerge, 'forward', '__call__')

@@ -1,26 +1,24 @@
 """λ from the descriptors of the paths: eq. 3 and 4 of the paper.
 
-They compute in float32 (float64 for float64 maps) whatever the autocast.
+Everything is computed in float32 (float64 for float64 maps) whatever the autocast.
 """
 import math
-import weakref
-from typing import Any, Dict, Iterable, List, Tuple
+from typing import Any, Dict, List, Tuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function
 
-__all__ = [
-    'MixingWeights', 'channel_mean', 'mixing_logits', 'scaled_mixing_weights', 'wide_dtype', 'count_parameters',
-    'merge_parameters', 'renew_compiled_guards']
+from .registry import live
 
-# An optimizer is handed parameters, never the model: this is how it can tell which of them belong to a merge.
-_live: 'weakref.WeakSet[MixingWeights]' = weakref.WeakSet()
+__all__ = [
+    'MixingWeights', 'channel_mean', 'count_parameters', 'descriptors', 'is_mkldnn', 'mixing_logits',
+    'scaled_mixing_weights', 'weigh_concat', 'weigh_sum', 'wide_dtype']
 
 
 def wide_dtype(x: Tensor) -> torch.dtype:
-    """That of a map's sums and coefficients: float32, float64 for float64 maps."""
+    """The dtype of a map's sums and coefficients: float32, float64 for float64 maps."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
@@ -38,6 +36,11 @@ def channel_mean(x: Tensor) -> Tensor:
     return x.mean((2, 3), dtype=wide_dtype(x))
 
 
+def descriptors(maps: List[Tensor]) -> Tensor:
+    """The descriptors of all paths side by side, (batch, channels of all)."""
+    return torch.cat([channel_mean(x) for x in maps], dim=1)
+
+
 def mixing_logits(z: Tensor, weight1: Tensor, weight2: Tensor) -> Tensor:
     """The two FC layers, W2 · relu(W1 · Z): eq. 4 before its sigmoid.
 
@@ -48,6 +51,9 @@ def mixing_logits(z: Tensor, weight1: Tensor, weight2: Tensor) -> Tensor:
 
     Returns:
         (batch, paths), in the dtype of z.
+
+    Raises:
+        ValueError: There are more or fewer features than W1 is for.
     """
     if torch.jit.is_scripting():
         # TorchScript can only switch autocast off for a device known when it compiles; float64 is what autocast skips
@@ -55,6 +61,9 @@ def mixing_logits(z: Tensor, weight1: Tensor, weight2: Tensor) -> Tensor:
         return F.linear(hidden, weight2.double()).to(z.dtype)
     if has_torch_function((z,)):  # a proxy, which knows no device
         return handle_torch_function(mixing_logits, (z,), z, weight1, weight2)
+    if not torch.jit.is_tracing() and z.shape[1] != weight1.shape[1]:
+        raise ValueError(f'The paths have {z.shape[1]} channels together, but the merge was made for '
+                         f'{weight1.shape[1]}: give it the channels of its paths.')
     weight1, weight2 = weight1.to(z.dtype), weight2.to(z.dtype)
     if z.is_meta or not torch.is_autocast_enabled(z.device.type):  # autocast does not know the meta device
         return F.linear(F.relu(F.linear(z, weight1)), weight2)
@@ -78,6 +87,25 @@ def scaled_mixing_weights(logits: Tensor) -> Tensor:
     log_sigma = -F.softplus(-logits, threshold=40)
     e = (log_sigma - log_sigma.detach().amax(1, keepdim=True)).exp()  # λ does not depend on what is subtracted
     return logits.shape[1] * e / e.sum(1, keepdim=True)
+
+
+def weigh_sum(scales: Tensor, branch: Tensor, shortcut: Tensor) -> Tensor:
+    """The weighed sum; scales are n · λ, (batch, 2)."""
+    # a · F + b · x and no lerp: the plain sum, bit for bit, at λ = ½. mul, as `*` of torch.fx's
+    # optimize_for_inference cannot broadcast
+    a, b = scales.view(-1, 2, 1, 1, 1).unbind(1)
+    return (branch.mul(a) + shortcut.mul(b)).to(branch.dtype)
+
+
+def weigh_concat(scales: Tensor, maps: List[Tensor]) -> Tensor:
+    """The concatenation of weighed maps; scales are n · λ, (batch, paths)."""
+    weights = scales[:, :, None, None, None]
+    return torch.cat([x.mul(weights[:, i]).to(x.dtype) for i, x in enumerate(maps)], dim=1)
+
+
+def is_mkldnn(x: Tensor) -> bool:
+    """Whether this is a map of `torch.utils.mkldnn.to_mkldnn`, whose layout has neither means nor broadcasting."""
+    return type(x) is Tensor and x.layout == torch._mkldnn  # type: ignore[attr-defined]
 
 
 class MixingWeights(nn.Module):
@@ -106,15 +134,19 @@ class MixingWeights(nn.Module):
         self.weight1 = nn.Parameter(torch.empty(hidden_features, num_features, device=device, dtype=dtype))
         self.weight2 = nn.Parameter(torch.empty(num_paths, hidden_features, device=device, dtype=dtype))
         self.reset_parameters()
-        _live.add(self)
+        live.add(self)
 
     def reset_parameters(self) -> None:
         nn.init.kaiming_uniform_(self.weight1, a=math.sqrt(5))
         nn.init.zeros_(self.weight2)
 
+    def extra_repr(self) -> str:
+        hidden, features = self.weight1.shape
+        return f'num_features={features}, num_paths={self.num_paths}, hidden_features={hidden}'
+
     def __setstate__(self, state: Dict[str, Any]) -> None:
         super().__setstate__(state)
-        _live.add(self)  # copied or unpickled
+        live.add(self)  # copied or unpickled
 
     def forward(self, z: Tensor) -> Tensor:
         """
@@ -125,23 +157,6 @@ class MixingWeights(nn.Module):
             n · λ, (batch, num_paths).
         """
         return scaled_mixing_weights(mixing_logits(z, self.weight1, self.weight2))
-
-
-def merge_parameters() -> List[nn.Parameter]:
-    """The parameters of all merges that are alive in this process."""
-    return [p for mix in list(_live) for p in mix.parameters()]
-
-
-def renew_compiled_guards(params: Iterable[Tensor]) -> None:
-    """Makes compiled networks with merges of these parameters look again at which parameters require gradients.
-
-    torch.compile trusts a module whose dict of parameters is the same. In torch 2.9 it does not see `requires_grad_`,
-    and would go on with the graph of the other phase; in 2.14 it does.
-    """
-    own = {id(p) for p in params}
-    for mix in list(_live):
-        if any(id(p) in own for p in mix.parameters()):
-            mix._parameters = dict(mix._parameters)
 
 
 def count_parameters(model: nn.Module) -> Tuple[int, int, int]:

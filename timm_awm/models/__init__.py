@@ -1,3 +1,3 @@
-from . import awm_densenet, awm_resnet
-from .awm_densenet import *
-from .awm_resnet import *
+from .awm_converted import convert
+from .awm_densenet import AwmCifarDenseNet, AwmDenseNet, CifarDenseNet
+from .awm_resnet import AwmCifarResNet, AwmResNet, CifarResNet

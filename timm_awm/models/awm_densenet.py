@@ -9,16 +9,15 @@ Papers:
 * `Densely Connected Convolutional Networks` - https://arxiv.org/abs/1608.06993
 """
 from functools import partial
-from typing import Any, Dict, List, Tuple
+from typing import Any, Callable, Dict, List, Tuple
 
 import torch
-from timm.models import DenseNet, generate_default_cfgs, model_entrypoint
+from timm.models import DenseNet
 from timm.models.densenet import DenseBlock, DenseLayer
 from torch import Tensor, nn
 
-from ..layers import ConcatMerge, fused_concat
+from ..layers import ConcatMerge
 from .builder import AWM_BLOCKS, AWM_CLASSES, CIFAR10_CFG, AwmModel, register_awm_model
-from .checkpoint import identity_cfgs
 
 __all__ = ['AwmDenseNet', 'CifarDenseNet', 'AwmCifarDenseNet']
 
@@ -27,8 +26,8 @@ class AwmDenseLayer(DenseLayer):
     """timm's DenseLayer with a merge."""
 
     def bottleneck_fn(self, xs: List[Tensor]) -> Tensor:
-        if not torch.jit.is_scripting():
-            x = fused_concat(self.merge, xs, self.norm1)
+        if not torch.jit.is_scripting() and isinstance(self.merge, ConcatMerge):
+            x = self.merge.fused(xs, self.norm1)
             if x is not None:
                 return self.conv1(x)
         return self.conv1(self.norm1(self.merge(xs)))
@@ -39,7 +38,7 @@ class AwmDenseBlock(DenseBlock):
 
     @staticmethod
     def make_merges(block: DenseBlock, hidden_features: int = 24) -> List[Tuple[nn.Module, nn.Module]]:
-        """What gets which merge. The layers change class."""
+        """Makes the merges of a block, and says where each goes. The layers change class."""
         layers = list(block.values())
         weight = layers[0].conv1.weight
         channels = [layers[0].conv1.in_channels, *(layer.conv2.out_channels for layer in layers)]
@@ -107,22 +106,28 @@ class AwmCifarDenseNet(AwmDenseNet, CifarDenseNet):
 AWM_BLOCKS[DenseBlock] = AwmDenseBlock
 AWM_CLASSES.update({DenseNet: AwmDenseNet, CifarDenseNet: AwmCifarDenseNet})
 
-IMAGENET = ['awm_densenet121', 'awm_densenet161', 'awm_densenet169', 'awm_densenet201']
-CIFAR = dict(awm_densenet22_cifar=3, awm_densenet28_cifar=4, awm_densenet34_cifar=5, awm_densenet40_cifar=6)
 CIFAR_CFG = dict(CIFAR10_CFG, first_conv='features.conv0', classifier='classifier')
 
-default_cfgs = generate_default_cfgs({
-    **{key: cfg for name in IMAGENET for key, cfg in identity_cfgs(name).items()},
-    **{f'{name}.untrained': CIFAR_CFG for name in CIFAR},
-})
+default_cfgs: Dict[str, Any] = {}
+_register = partial(register_awm_model, globals(), feature_cfg=dict(flatten_sequential=True))
 
-for _name in IMAGENET:
-    register_awm_model(
-        globals(), _name, model_entrypoint(_name.removeprefix('awm_')), feature_cfg=dict(flatten_sequential=True))
-for _name, _layers in CIFAR.items():  # layers of a block, in three blocks
-    register_awm_model(
-        globals(),
-        _name,
-        partial(CifarDenseNet, growth_rate=12, block_config=(_layers,) * 3),
+awm_densenet121 = _register('awm_densenet121')
+awm_densenet161 = _register('awm_densenet161')
+awm_densenet169 = _register('awm_densenet169')
+awm_densenet201 = _register('awm_densenet201')
+
+
+def _register_cifar(name: str, layers: int) -> Callable[..., nn.Module]:
+    """With so many layers in each of three blocks."""
+    return _register(
+        name,
+        partial(CifarDenseNet, growth_rate=12, block_config=(layers,) * 3),
+        CIFAR_CFG,
         feature_cfg=dict(flatten_sequential=True, out_indices=(0, 1, 2, 3)),
     )
+
+
+awm_densenet22_cifar = _register_cifar('awm_densenet22_cifar', 3)
+awm_densenet28_cifar = _register_cifar('awm_densenet28_cifar', 4)
+awm_densenet34_cifar = _register_cifar('awm_densenet34_cifar', 5)
+awm_densenet40_cifar = _register_cifar('awm_densenet40_cifar', 6)

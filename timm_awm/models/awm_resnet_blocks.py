@@ -1,5 +1,5 @@
 """The blocks of timm's ResNets with a merge in place of the sum: timm's own forward passes but for their ends."""
-from typing import Any, List, Tuple
+from typing import Any, List, Optional, Tuple
 
 import torch
 from timm.models import BasicBlock, Bottleneck
@@ -8,7 +8,7 @@ from timm.models.resnest import ResNestBottleneck
 from timm.models.sknet import SelectiveKernelBasic, SelectiveKernelBottleneck
 from torch import Tensor, nn
 
-from ..layers import SumMerge, fused_sum
+from ..layers import SumMerge
 from .builder import AWM_BLOCKS
 
 
@@ -17,10 +17,21 @@ class SumBlock:
 
     @staticmethod
     def make_merges(block: nn.Module, **kwargs: Any) -> List[Tuple[nn.Module, nn.Module]]:
-        """What gets which merge."""
+        """Makes the merge of a block, and says where it goes."""
         last: Any = block.conv3 if hasattr(block, 'conv3') else block.conv2
         weight = next(last.parameters())
         return [(block, SumMerge(last.out_channels, device=weight.device, dtype=weight.dtype, **kwargs))]
+
+    def fused_end(self: Any, x: Tensor, shortcut: Tensor, conv: Any, norm: Any, act: Any) -> Optional[Tensor]:
+        """The end of a block from its last norm on, fused; None where it cannot be.
+
+        Args:
+            x: What the last convolution conv made, (batch, channels, height, width).
+            shortcut: Of the same shape.
+        """
+        if self.se is not None or self.drop_path is not None or not isinstance(self.merge, SumMerge):
+            return None
+        return self.merge.fused(x, shortcut, norm, act, conv)
 
 
 class AwmBasicBlock(SumBlock, BasicBlock):
@@ -39,8 +50,8 @@ class AwmBasicBlock(SumBlock, BasicBlock):
         if self.downsample is not None:
             shortcut = self.downsample(shortcut)
 
-        if not torch.jit.is_scripting() and self.se is None and self.drop_path is None:
-            fused = fused_sum(self.merge, x, shortcut, self.bn2, self.act2, self.conv2)
+        if not torch.jit.is_scripting():
+            fused = self.fused_end(x, shortcut, self.conv2, self.bn2, self.act2)
             if fused is not None:
                 return fused
 
@@ -72,8 +83,8 @@ class AwmBottleneck(SumBlock, Bottleneck):
         if self.downsample is not None:
             shortcut = self.downsample(shortcut)
 
-        if not torch.jit.is_scripting() and self.se is None and self.drop_path is None:
-            fused = fused_sum(self.merge, x, shortcut, self.bn3, self.act3, self.conv3)
+        if not torch.jit.is_scripting():
+            fused = self.fused_end(x, shortcut, self.conv3, self.bn3, self.act3)
             if fused is not None:
                 return fused
 

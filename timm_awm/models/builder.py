@@ -1,18 +1,22 @@
 """What the AWM models of all families share: how a plain network gets merges, and how models are created."""
-import weakref
-from typing import Any, Callable, Dict, List, Mapping, Optional, Type
+from typing import Any, Callable, Dict, Mapping, Optional, Type
 
 import torch
 from safetensors import SafetensorError
-from timm.models import build_model_with_cfg, register_model, register_notrace_module
+from timm.models import (
+    build_model_with_cfg,
+    generate_default_cfgs,
+    model_entrypoint,
+    register_model,
+    register_notrace_module,
+)
 from torch import nn
 
 from ..layers import ConcatMerge, SumMerge
-from .checkpoint import SAFETENSORS, checkpoint_filter, checkpoint_problem
+from .checkpoint import SAFETENSORS, checkpoint_filter, checkpoint_problem, identity_cfgs
 
 __all__ = [
-    'AWM_BLOCKS', 'AWM_CLASSES', 'CIFAR10_CFG', 'AwmModel', 'add_merges', 'classifier_parameters', 'create_awm_model',
-    'register_awm_model']
+    'AWM_BLOCKS', 'AWM_CLASSES', 'CIFAR10_CFG', 'AwmModel', 'add_merges', 'create_awm_model', 'register_awm_model']
 
 # timm's plain classes -> ours with merges. Each family adds its own.
 AWM_BLOCKS: Dict[Type[nn.Module], Type[nn.Module]] = {}
@@ -33,9 +37,6 @@ CIFAR10_CFG: Dict[str, Any] = dict(
 register_notrace_module(SumMerge)
 register_notrace_module(ConcatMerge)
 
-# An optimizer is handed parameters, never the model: this is how it can tell which of them are a classifier's.
-_live: 'weakref.WeakSet[AwmModel]' = weakref.WeakSet()
-
 
 class AwmModel(nn.Module):
     """Mixin that makes one of timm's model classes a class with merges.
@@ -48,10 +49,6 @@ class AwmModel(nn.Module):
     def __init__(self, *args: Any, awm_hidden: Optional[int] = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         add_merges(self, awm_hidden)
-
-    def __setstate__(self, state: Dict[str, Any]) -> None:
-        super().__setstate__(state)
-        _live.add(self)  # copied or unpickled
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As `torch.nn.Module.load_state_dict`.
@@ -91,13 +88,7 @@ def add_merges(model: nn.Module, awm_hidden: Optional[int] = None) -> nn.Module:
                 for owner, merge in merges:
                     owner.add_module('merge', merge.train(block.training))
     model.__class__ = model_class
-    _live.add(model)  # type: ignore[arg-type]
     return model
-
-
-def classifier_parameters() -> List[nn.Parameter]:
-    """The parameters of the classifiers of all AWM models that are alive in this process."""
-    return [p for model in list(_live) for p in model.get_classifier().parameters()]  # type: ignore[operator]
 
 
 def create_awm_model(
@@ -145,19 +136,30 @@ def create_awm_model(
         raise RuntimeError(f'The weights are no whole safetensors file ({error}): get them again.') from error
 
 
-def register_awm_model(module: Dict[str, Any], name: str, plain: Callable[..., nn.Module], **defaults: Any) -> None:
-    """Makes an entry point of this name in the module whose globals are given, and registers it with timm.
+def register_awm_model(
+        module: Dict[str, Any],
+        name: str,
+        plain: Optional[Callable[..., nn.Module]] = None,
+        cfg: Optional[Dict[str, Any]] = None,
+        **defaults: Any,
+) -> Callable[..., nn.Module]:
+    """Makes an entry point, registers it with timm, and returns it.
 
     Args:
-        module: globals() of the file.
+        module: globals() of the file, whose `default_cfgs` gets the model's.
         name: Of the AWM model.
-        plain: Builds the plain network.
+        plain: Builds the plain network; None: timm's of the same name, with its checkpoints as starts.
+        cfg: The pretrained_cfg of a model without weights.
         **defaults: Arguments of `create_awm_model` that callers may override.
     """
+    build = plain or model_entrypoint(name.removeprefix('awm_'))
+
     def entrypoint(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-        return create_awm_model(name, plain, pretrained, **dict(defaults, **kwargs))
+        return create_awm_model(name, build, pretrained, **dict(defaults, **kwargs))
 
     entrypoint.__name__ = entrypoint.__qualname__ = name
     entrypoint.__module__ = module['__name__']
     entrypoint.__doc__ = f'{name.removeprefix("awm_")} with AWM merges.'
-    module[name] = register_model(entrypoint)
+    cfgs = {f'{name}.untrained': cfg} if cfg else identity_cfgs(name)
+    module['default_cfgs'].update(generate_default_cfgs(cfgs))
+    return register_model(entrypoint)

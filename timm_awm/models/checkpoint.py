@@ -34,7 +34,7 @@ def identity_cfg(cfg: PretrainedCfg, architecture: str) -> PretrainedCfg:
         tag=f'{cfg.tag}_identity',
         description=(
             f'The plain network {cfg.hf_hub_id} with merges at the identity start: the same function. Needs the '
-            'package timm-awm: import timm_awm.'),
+            'package timm_awm: import timm_awm.'),
     )
 
 
@@ -75,9 +75,10 @@ def checkpoint_problem(model: nn.Module, state_dict: Mapping[str, Any]) -> str:
     if missing == {k for k in own if _is_merge_key(k)} and not (unknown or misshapen):
         return (
             'This is a checkpoint of the plain network, it has no merge weights. To start AWM from it, with every '
-            'merge at the identity, use create_model(..., pretrained=True, pretrained_cfg_overlay=dict(file=...)) or '
-            '`train.py --pretrained --pretrained-path ...`, which also starts a new classifier; for the plain network '
-            'add awm=False.')
+            'merge at the identity and its own classifier, use create_model(..., pretrained=True, '
+            f'pretrained_cfg_overlay=dict(file=..., num_classes={model.num_classes})); '
+            '`train.py --pretrained --pretrained-path ...` starts a new classifier; for the plain network add '
+            'awm=False.')
     return (
         f'The checkpoint does not fit this {type(model).__name__}: of {len(own)} tensors '
         f'{len(missing)} are missing ({_some(missing)}), {len(misshapen)} have another shape ({_some(misshapen)}), '

@@ -15,8 +15,8 @@ from timm.models import (
 from timm.models.densenet import DenseBlock, DenseLayer
 from torch import nn
 
-from .models.builder import AWM_BLOCKS, AWM_CLASSES, AwmModel, add_merges, create_awm_model
-from .models.checkpoint import identity_cfg
+from .builder import AWM_BLOCKS, AWM_CLASSES, AwmModel, add_merges, create_awm_model
+from .checkpoint import identity_cfg
 
 __all__ = ['convert']
 
@@ -24,7 +24,7 @@ GENERIC = 'awm_converted'
 
 
 def convert(model: nn.Module, awm_hidden: Optional[int] = None) -> nn.Module:
-    """Changes the model itself: gives one of timm's own ResNets or DenseNets AWM merges, and returns it.
+    """Gives one of timm's own ResNets or DenseNets AWM merges: changes the model itself, and returns it.
 
     Trained or not, on any device, in any dtype and mode, it computes what it did before (bit for bit, if merges are not
     fused: `set_fused_merge`), for every merge is at the identity start. Its parameters stay the same objects with the
@@ -58,7 +58,7 @@ def convert(model: nn.Module, awm_hidden: Optional[int] = None) -> nn.Module:
         model.pretrained_cfg = model.default_cfg = {
             **{k: v for k, v in filter_pretrained_cfg(cfg, remove_source=True).items() if k != 'tag'},
             'architecture': architecture,
-            'description': f'{base} with AWM merges. Needs the package timm-awm: import timm_awm.',
+            'description': f'{base} with AWM merges. Needs the package timm_awm: import timm_awm.',
         }
     model._model_args = args
     return model

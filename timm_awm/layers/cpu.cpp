@@ -10,6 +10,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <numeric>
 #include <type_traits>
 #include <vector>
 
@@ -45,6 +46,7 @@ struct Shape {
 template <int64_t n>
 using Constant = std::integral_constant<int64_t, n>;
 
+constexpr int64_t CAP = 640;  // lanes of a row of several pixels
 constexpr int64_t BLOCK = 128;  // rows that are summed up by themselves, for errors grow with their number
 
 // Rows of lanes in a map, from an offset on. The compiler unrolls lanes that are a Constant.
@@ -109,7 +111,9 @@ static void in_packed_rows(
 template <int I, int O, typename Body>
 static void for_rows(const Shape& s, const A* const (&inputs)[I], A* const (&outputs)[O], const Body& body) {
     // an image at a time reads memory in order; fewer images than threads are cut into bands of channels
-    const bool packed = s.C <= 32;
+    int64_t lanes = s.C * 16 / std::gcd(s.C, int64_t(16));  // of bfloat16, what is left over is not vectorised
+    lanes *= std::max<int64_t>(1, 256 / lanes);
+    const bool packed = s.C <= 32 || (lanes <= CAP && s.N >= s.threads);
     const int64_t width = !s.last ? 1 : packed || s.N >= s.threads ? s.C : std::min<int64_t>(64, s.C);
     const int64_t bands = (s.C + width - 1) / width;
     #pragma omp parallel for collapse(2) num_threads(s.N * s.C * s.P < 32768 ? 1 : s.threads)
@@ -118,10 +122,10 @@ static void for_rows(const Shape& s, const A* const (&inputs)[I], A* const (&out
             const int64_t c = band * width, offset = s.index(n, c, 0), coef = n * s.C + c;
             if (!s.last) {
                 in_packed_rows<16>(offset, s.P, Constant<1>{}, Constant<16>{}, inputs, outputs, coef, body);
-            } else if (packed && 64 % s.C == 0) {
+            } else if (64 % s.C == 0) {
                 in_packed_rows<64>(offset, s.P, s.C, Constant<64>{}, inputs, outputs, coef, body);
             } else if (packed) {
-                in_packed_rows<64>(offset, s.P, s.C, 64 / s.C * s.C, inputs, outputs, coef, body);
+                in_packed_rows<CAP>(offset, s.P, s.C, lanes, inputs, outputs, coef, body);
             } else {
                 const int64_t lanes = std::min(width, s.C - c);
                 const A* in[I];

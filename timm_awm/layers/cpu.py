@@ -1,0 +1,112 @@
+"""The fused merge on CPUs, in C++.
+
+The source is compiled when it is first used, by what torch.compile's own C++ backend uses: half a minute for each type
+of maps, which are float32, bfloat16 or float64. Then it lies in torch's cache.
+"""
+import ctypes
+import functools
+import logging
+from importlib.resources import files
+from typing import Any, Optional, Sequence, Tuple
+
+import torch
+from torch import Tensor
+
+from .mixing import wide_dtype
+from .operands import Operands
+from .torch_private import load_cpp
+
+__all__ = ['is_available', 'merge', 'merge_backward']
+
+_logger = logging.getLogger(__name__)
+
+_TYPES = {torch.float32: 'float', torch.bfloat16: 'bfloat16', torch.float64: 'double'}
+
+
+@functools.lru_cache(maxsize=None)
+def _library(dtype: torch.dtype) -> Optional[ctypes.CDLL]:
+    try:
+        wide = 'double' if dtype == torch.float64 else 'float'
+        source = files(__package__).joinpath('cpu.cpp').read_text(encoding='utf-8')
+        return load_cpp(
+            f'#define MAP {_TYPES[dtype]}\n#define WIDE {wide}\n{source}',
+            before_build=lambda: _logger.warning(
+                f'timm_awm builds its fused merge, once for {dtype}: about half a minute. TIMM_AWM_FUSED=0 does '
+                'without.'))
+    except Exception as error:  # of the compiler's set-up, of any kind
+        _logger.warning(
+            'The fused merges could not be built, so the plain formula is used, which is slower. They need g++ or '
+            "clang, and torch's cache (TORCHINDUCTOR_CACHE_DIR) at a path without spaces. TIMM_AWM_FUSED=0 silences "
+            f'this. {type(error).__name__}: ...{str(error).strip()[-300:]}')
+        return None
+
+
+def is_available(dtype: torch.dtype) -> bool:
+    """Whether there are kernels for maps of this dtype; logs once if they cannot be built."""
+    return dtype in _TYPES and _library(dtype) is not None
+
+
+def merge(operands: Operands, overwrite: bool = False) -> Tuple[Tensor, Tensor, Tensor]:
+    """act(a · u + b · v + c), the coefficients a, b and c inferred from all maps.
+
+    Args:
+        operands: What it is computed from, on the CPU.
+        overwrite: Whether the result may be written over u.
+
+    Returns:
+        The merged map; what `merge_backward` needs, (6, batch, channels): a, b, c, the mean and the variance of u and
+        the mean of v, where they are used; the mean and the variance that BatchNorm uses, (2, channels).
+    """
+    u, v = _dense_maps(operands)
+    y = u if overwrite else torch.empty_like(u)
+    saved = u.new_empty((6, *u.shape[:2]), dtype=wide_dtype(u))
+    stats = saved.new_empty(2, u.shape[1])
+    _call('merge', operands, u, v, (), (saved, y, stats))
+    return y, saved, stats
+
+
+def merge_backward(grad: Tensor, saved: Tensor, operands: Operands) -> Tuple[Any, ...]:
+    """The gradients of u, v (None without v), weight1, weight2, gamma and beta.
+
+    Args:
+        grad: The gradient of the result.
+        saved: As from `merge`.
+        operands: As for `merge`.
+    """
+    u, v = _dense_maps(operands)
+    of_maps = torch.empty_like(u), None if v is None else torch.empty_like(u)
+    of_parameters = [
+        torch.zeros(x.shape, dtype=x.dtype)
+        for x in (operands.weight1, operands.weight2, operands.gamma, operands.beta)]
+    _call('merge_backward', operands, u, v, (saved, _in_format_of(u, grad.resolve_neg())), (*of_maps, *of_parameters))
+    return *of_maps, *of_parameters
+
+
+def _in_format_of(first: Tensor, x: Tensor) -> Tensor:
+    """x in the memory format of the first map, channels-last if that is neither."""
+    return x.contiguous(memory_format=torch.contiguous_format if first.is_contiguous() else torch.channels_last)
+
+
+def _dense_maps(operands: Operands) -> Tuple[Tensor, Optional[Tensor]]:
+    u, v = operands.u_and_v()
+    return _in_format_of(u, u), v if v is None else _in_format_of(u, v)
+
+
+def _call(
+        name: str, operands: Operands, u: Tensor, v: Optional[Tensor], more: Sequence[Tensor],
+        results: Sequence[Optional[Tensor]],
+) -> None:
+    """Calls the library's function with the operands and more tensors."""
+    o, channels = operands, operands.channels()
+    inputs = [u, v, *[
+        x if x is None else x.contiguous()
+        for x in (o.weight1, o.weight2, o.gamma, o.beta, o.running_mean, o.running_var)], *more]
+    sizes = (
+        *u.shape[:2], u.shape[2] * u.shape[3], not u.is_contiguous(), torch.get_num_threads(), o.relu, len(o.weight1),
+        len(channels), *channels)
+    getattr(_library(u.dtype), name)(
+        ctypes.c_double(o.eps), (ctypes.c_int64 * len(sizes))(*sizes), _addresses(inputs), _addresses(results))
+
+
+def _addresses(tensors: Sequence[Any]) -> ctypes.Array:
+    return (ctypes.c_void_p * len(tensors))(*[None if x is None else x.data_ptr() for x in tensors])
