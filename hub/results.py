@@ -111,7 +111,7 @@ def keep(folder: Path) -> None:
 
 
 def setting(args: Dict[str, Any]) -> str:
-    """The kind of a network and of its training: plain, SE, joint, or the periods of the alternation."""
+    """Names the kind of a network and of its training: plain, SE, joint, or the periods of the alternation."""
     options = dict(args['opt_kwargs'])
     if args['opt'] != 'alternating':
         return 'SE' if 'block_args' in args['model_kwargs'] else 'plain'
@@ -172,15 +172,16 @@ def group(rows: List[Dict[str, Any]]) -> Dict[Task, Dict[str, Group]]:
     def order(r: Dict[str, Any]) -> Any:
         t = re.search(r't = (\d+)', r['setting'])  # 12 behind 3
         return (
-            r['data'], r['model'], r['start'], -r['epochs'], r['images'], r['setting'] != 'plain', int(t[1]) if t else 0,
-            r['setting'], r['seed'])
+            r['data'], r['model'], r['start'], -r['epochs'], r['images'], r['setting'] != 'plain',
+            int(t[1]) if t else 0, r['setting'], r['seed'])
 
     tasks: Dict[Task, Dict[str, Group]] = {}
     for r in sorted(rows, key=order):
         task = r['data'], r['model'], r['start'], r['images'], r['epochs']
         runs = tasks.setdefault(task, {}).setdefault(r['setting'], {})
         if r['seed'] in runs:
-            raise ValueError(f'{runs[r["seed"]]["run"]} and {r["run"]} have the same seed: one run twice is no evidence.')
+            raise ValueError(
+                f'{runs[r["seed"]]["run"]} and {r["run"]} have the same seed: one run twice is no evidence.')
         runs[r['seed']] = r
     return tasks
 

@@ -18,7 +18,6 @@ import torch
 from test_optim import same
 from timm.models import load_state_dict
 
-
 HERE = Path(__file__).parent
 TRAIN = os.environ.get('TIMM_TRAIN_SCRIPT', '')
 
