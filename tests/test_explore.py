@@ -1,3 +1,5 @@
+import copy
+import json
 import os
 import re
 import shutil
@@ -5,18 +7,19 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from networks import create
 from PIL import Image
 from playwright.sync_api import expect, sync_playwright
 
 from timm_awm import record_mixing_weights
-from timm_awm.analysis import identity_merges
-from timm_awm.explore import MEGAPIXELS, Explored, draw_examples, read_picture, resolve_models
+from timm_awm.explore import MEGAPIXELS, Explored, draw_examples, read_picture
 from timm_awm.hub import save_for_hub
 from timm_awm_cli.main import main
 
@@ -52,6 +55,10 @@ def gif(path):
     frames[0].save(path, save_all=True, append_images=frames[1:])
 
 
+def damaged_exif(path):
+    Image.new('RGB', (40, 30), 'white').save(path, exif=b'Exif\0\0garbage')
+
+
 def rotated(path):
     exif = Image.Exif()
     exif[0x0112] = 6  # lies on its side
@@ -64,6 +71,11 @@ PICTURES = {
     'transparent.gif': lambda path: Image.new('P', (40, 30)).save(path, transparency=0),
     'grey_alpha.png': lambda path: Image.new('LA', (40, 30), (0, 0)).save(path),
     'cmyk.jpg': lambda path: Image.new('CMYK', (40, 30)).save(path),
+    'cmyk.tiff': lambda path: Image.new('CMYK', (40, 30)).save(path),
+    'bits.bmp': lambda path: Image.new('1', (40, 30), 1).save(path),
+    'damaged_exif.png': damaged_exif,
+    'damaged_exif.webp': damaged_exif,
+    'damaged_exif.jpg': damaged_exif,
 }
 
 
@@ -135,9 +147,11 @@ def test_what_is_seen_is_what_the_network_infers(folders):
         with record_mixing_weights(explored.model) as lambdas, torch.inference_mode():
             explored.model(x)
         torch.testing.assert_close(seen.lambdas, lambdas)
-        identity = list(lambdas)[1:3]
-        with identity_merges(explored.model, identity), torch.inference_mode():
-            expected = explored.model(x)[0].softmax(0)
+        identity, model = list(lambdas)[1:3], copy.deepcopy(explored.model)
+        for merge in identity:
+            torch.nn.init.zeros_(model.get_submodule(merge).mix.weight2)
+        with torch.inference_mode():
+            expected = model(x)[0].softmax(0)
         torch.testing.assert_close(explored.look(picture, identity).probabilities, expected)
         assert not torch.equal(seen.probabilities, expected)
 
@@ -203,21 +217,56 @@ def test_many_at_once_see_their_own(folders):
     assert all(map(torch.equal, alone, together))
 
 
-def test_models_by_name(folders, tmp_path):
-    found = resolve_models([str(folders / 'resnet'), f'local-dir:{folders}/plain', str(folders / 'resnet')], tmp_path)
-    assert found == {'resnet': folders / 'resnet', 'plain': folders / 'plain', 'resnet-2': folders / 'resnet'}
+@pytest.mark.parametrize('label_names, classes', [
+    ({1: 'dog', 0: 'cat', 2: 'cow'}, ['cat', 'dog', 'cow']), ({'2': 'cow'}, ['0', '1', 'cow']),
+    (['cat', 'dog'], ['cat', 'dog', '2']), (['cat', 'cat', 'cow'], ['cat (0)', 'cat (1)', 'cow'])], ids=str)
+def test_names_of_classes_in_all_forms_of_timm(label_names, classes, tmp_path):
+    model = create(RESNET, num_classes=3)
+    timm.models.save_for_hf(model, tmp_path, model_config=dict(label_names=label_names), safe_serialization=True)
+    assert Explored(tmp_path, 'net').classes == classes
+
+
+def test_the_start_with_many_classes_takes_no_square_of_their_number(tmp_path):
+    count = 100_000
+    config = dict(label_names=[f'class {i}' for i in range(count)])
+    timm.models.save_for_hf(
+        create('awm_resnet14_cifar', num_classes=count), tmp_path, model_config=config, safe_serialization=True)
+    start = time.process_time()
+    Explored(tmp_path, 'net')
+    assert time.process_time() - start < 30  # by counting each name in all: minutes
+
+
+def test_a_model_that_timm_has(monkeypatch):
+    weights = create(RESNET, away=True)
+    monkeypatch.setattr(timm, 'create_model', lambda name, pretrained: {(RESNET, True): weights}[name, pretrained])
+    assert Explored(RESNET, 'net').look(Image.new('RGB', (32, 32))).lambdas
+
+
+def test_the_name_of_a_class_in_the_legend(folders, tmp_path):
+    folder = tmp_path / 'net'
+    shutil.copytree(HUB / f'{RESNET}.t3_c10', folder)
+    config = json.loads((folder / 'config.json').read_text())
+    config['label_names'] = [f'_class_{i}_$5_$' for i in range(10)]
+    (folder / 'config.json').write_text(json.dumps(config))
+    explored = Explored(folder, 'net')
+    figure = explored.draw(explored.look(Image.new('RGB', (32, 32), 'red')))
+    figure.savefig(tmp_path / 'figure.png')
+    assert '_class_' in figure.axes[0].get_legend().get_texts()[1].get_text()
 
 
 def test_models_that_are_not_there(capsys, tmp_path):
     assert main(['explore', 'no_such_model']) == 1
-    assert 'no_such_model. A model is hf-hub:OWNER/NAME' in capsys.readouterr().err
-    assert main(['explore', str(tmp_path)]) == 1
-    assert 'args.yaml' in capsys.readouterr().err
+    assert 'no model no_such_model' in capsys.readouterr().err
+    assert main(['explore', str(HUB)]) == 1
+    assert f'{HUB / RESNET}.t3_c10' in capsys.readouterr().err
 
 
-def test_a_port_that_there_is_not(capsys, folders):
-    assert main(['explore', str(folders / 'plain'), '--port', '70000']) == 1
-    assert 'port must be 0-65535' in capsys.readouterr().err
+@pytest.mark.parametrize('args, message', [
+    (['--port', '70000'], 'port must be 0-65535'), (['--host', '192.0.2.1'], 'assign requested address'),
+    (['--host', 'no host'], 'not known')])
+def test_an_address_that_cannot_be_had(capsys, folders, args, message):
+    assert main(['explore', str(folders / 'plain'), *args]) == 1
+    assert message in capsys.readouterr().err
 
 
 # --- the page

@@ -7,8 +7,9 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from .figures import LEAST_SPAN, literal
 from .inputs import ImageData
-from .observe import Observed
+from .observed import Observed
 
 __all__ = ['rank_images', 'plot_contact_sheet', 'save_ranking']
 
@@ -43,8 +44,9 @@ def save_ranking(folder: Path, label: str, seen: Observed, data: ImageData) -> D
     indices = data.indices(len(order))
     groups: Dict[str, List[Tuple[np.ndarray, str]]] = {}
     listed: Dict[str, List[Dict[str, Any]]] = {}
+    note = ' (all within 0.05: hardly a ranking)' if np.ptp(sums) < LEAST_SPAN else ''
     for title, end in ends.items():
-        group = groups[f'{label}: {title} sums of λ1'] = []
+        group = groups[f'{label}: {title} sums of λ1{note}'] = []
         entries = listed[title] = []
         for i in end:
             name = data.class_name(int(seen.labels[i])) if seen.labelled else None
@@ -66,13 +68,13 @@ def plot_contact_sheet(groups: Mapping[str, Sequence[Tuple[np.ndarray, str]]], c
     figure = Figure(figsize=(1.3 * columns, sum(1.75 * n + 0.5 for n in rows)), layout='constrained')
     parts = figure.subfigures(len(groups), 1, height_ratios=rows, squeeze=False)
     for part, count, (title, group) in zip(parts[:, 0], rows, groups.items()):
-        part.suptitle(title)
+        part.suptitle(literal(title, 100))
         axes = part.subplots(count, columns, squeeze=False).ravel()
         for ax in axes:
             ax.set_axis_off()
         for ax, (image, caption) in zip(axes, group):
             ax.imshow(image, cmap='gray', vmin=0, vmax=1)
-            ax.set_title(caption, fontsize=7)
+            ax.set_title('\n'.join(literal(line, 20, lines=2) for line in caption.splitlines()), fontsize=7)
     return figure
 
 

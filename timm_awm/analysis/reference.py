@@ -6,8 +6,8 @@ from typing import Any, Dict, Mapping, Optional
 import torch
 
 from ..hub.folder import REFERENCE
-from .observe import Observed
-from .profile import profile
+from .observed import Observed
+from .profile import profile_merges
 
 __all__ = ['read_reference', 'write_reference']
 
@@ -27,12 +27,12 @@ def write_reference(folder: Path, seen: Observed, data: str) -> None:
         masks.update((str(label), seen.labels == label) for label in seen.labels.unique().tolist())
     groups = {}
     for key, mask in masks.items():
-        of_merges = profile({name: value[mask] for name, value in seen.lambdas.items()})
+        of_merges = profile_merges({name: value[mask] for name, value in seen.lambdas.items()})
         groups[key] = dict(images=int(mask.sum()), merges={
             name: {what: values.round(4).tolist() for what, values in found._asdict().items()}
             for name, found in of_merges.items()})
     text = json.dumps(dict(data=data, groups=groups), ensure_ascii=False)
-    (folder / REFERENCE).write_text(text, encoding='utf-8')
+    (folder / REFERENCE).write_text(text, encoding='utf-8', errors='replace')  # names of files need not be valid
 
 
 def read_reference(folder: Path, paths: Mapping[str, int]) -> Optional[Dict[str, Any]]:
