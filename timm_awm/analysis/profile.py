@@ -94,7 +94,7 @@ def plot_paths(
         grids[title], colors[title] = grid, dict(cmap='viridis', vmin=0, vmax=max(np.nanmax(grid), LEAST_SPAN))
     paths = next(iter(grids.values())).shape[1]
     rows = 1 if len(grids) < 3 else 2
-    columns = (len(grids) + 1) // rows
+    columns = -(-len(grids) // rows)
     size = 1 + columns * (4 + 0.15 * paths), rows * (2 + 0.2 * len(names))
     figure = Figure(figsize=size, layout='constrained')
     title = f'{literal(label)}\nn · λ of the n paths of each merge (1 at the identity)'

@@ -57,8 +57,7 @@ def make_page(models: Sequence[Explored], examples: Sequence[str] = ()) -> gr.Bl
             picture: Any = gr.Image(label='Picture', type='filepath', sources=['upload', 'clipboard'], height=300)
             # opened by `read_picture`, which says what is wrong with it
             picture.preprocess = lambda payload: payload and payload.path
-            if examples:
-                gr.Examples([[path] for path in examples], picture)
+            chosen = gr.Examples([[path] for path in examples], picture) if examples else None
         inputs: List[Any] = [picture]
         outputs: List[Any] = []
         with gr.Row():
@@ -75,9 +74,11 @@ def make_page(models: Sequence[Explored], examples: Sequence[str] = ()) -> gr.Bl
                             gr.Dropdown(
                                 [NONE, *model.connections], value=NONE, label='Set by hand, whatever is ticked'),
                             gr.Slider(0, 1, 0.5, step=0.01, label='λ of what is set by hand')]
-        shown = gr.on(
-            [item.change for item in inputs], show, inputs, outputs, trigger_mode='always_last',
-            show_progress='minimal')
+        # an upload changes a picture twice
+        triggers = [picture.upload, picture.clear, *(item.change for item in inputs[1:])]
+        shown = gr.on(triggers, show, inputs, outputs, trigger_mode='always_last', show_progress='minimal')
+        if chosen:
+            chosen.load_input_event.then(show, inputs, outputs, show_progress='minimal')
         shown.failure(lambda: [None] * (1 + len(outputs)), outputs=[picture, *outputs])
     return page
 
@@ -148,7 +149,7 @@ def explore(models: Sequence[str], host: str = '127.0.0.1', port: Optional[int] 
             quiet=True,
             footer_links=[],
             theme=gr.themes.Base(font=['system-ui', 'sans-serif'], font_mono=['monospace']),
-            css='h1, h2 { overflow-wrap: anywhere }',
+            css='.prose h2 { font-size: min(1.5em, 5vw) !important; overflow-wrap: anywhere }',
             prevent_thread_lock=True,
         )
         print(f'The page is at http://{address}:{page.server_port}/ until you press Ctrl+C.', flush=True)
