@@ -30,13 +30,10 @@ def ablate(model: nn.Module, batches: Batches, lambdas: Mapping[str, Tensor]) ->
         lambdas: Name of the merge -> λ, (images, paths), for the means: `observe(...).lambdas`.
 
     Raises:
-        ValueError: The model has no merge, λ of a merge is not given, or there are no images.
+        ValueError: The model has no merge, or there are no images.
     """
     device = next(model.parameters()).device
     mixes = find_merges(model)
-    missing = mixes.keys() - lambdas.keys()
-    if missing:
-        raise ValueError(f'The mixing weights of the merges {sorted(missing)} are not given.')
     means = {name: mix.num_paths * lambdas[name].mean(0) for name, mix in mixes.items()}
     ones = {name: torch.ones(mix.num_paths) for name, mix in mixes.items()}
     variants = [{}, means, ones, *({name: scales} for name, scales in ones.items())]

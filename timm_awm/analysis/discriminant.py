@@ -71,15 +71,10 @@ def cumulative_match(
 
 
 def reduce_pixels(train: Batches, test: Batches, components: int = COMPONENTS) -> Tuple[np.ndarray, np.ndarray]:
-    """Principal components of the images, the baseline of Fig. 10. One batch is in memory at a time.
+    """Principal components of the images of train and of test, (images, components) each: the baseline of Fig. 10.
 
     Args:
-        train: What the components are fitted on, without batches of fewer images than components. Iterated twice.
-        test: Reduced only.
-        components: Their number.
-
-    Returns:
-        Those of train and those of test, (images, components) each.
+        train: Images to fit on, without batches of fewer images than components. Iterated twice.
 
     Raises:
         ValueError: No batch has as many images as components.

@@ -9,7 +9,7 @@ from matplotlib.ticker import MaxNLocator, ScalarFormatter
 __all__ = ['HARDLY', 'LEAST_SPAN', 'depth_figure', 'label_merges', 'literal', 'short_name', 'widen']
 
 LEAST_SPAN = 0.05  # of a scale: what varies less is noise
-HARDLY = 'The network has hardly moved from the identity: all of this lies within 0.05.'
+HARDLY = 'The network has hardly moved from the identity:\nall of this lies within 0.05.'
 
 
 def literal(text: str, width: int = 60, lines: Optional[int] = None) -> str:

@@ -1,4 +1,5 @@
 """The models and the data of an analysis, made by timm."""
+from contextlib import suppress
 from copy import copy
 from functools import partial
 from pathlib import Path
@@ -146,10 +147,9 @@ class ImageData:
 
 def _columns(dataset: str, data_dir: Any, split: str) -> str:
     """A sentence about the columns of a data set of Hugging Face; nothing where they cannot be read either."""
-    scheme, _, name = dataset.partition('/')
-    try:
-        import datasets
-        names = datasets.load_dataset(name, split=split, cache_dir=data_dir).column_names if scheme == 'hfds' else []
-    except Exception:  # the first error is the one to tell
-        names = []
-    return f' The columns are: {", ".join(names)}.' if names else ''
+    with suppress(Exception):  # the first error is the one to tell
+        if dataset.startswith('hfds/'):
+            import datasets
+            found = datasets.load_dataset(dataset.removeprefix('hfds/'), split=split, cache_dir=data_dir)
+            return f' The columns are: {", ".join(found.column_names)}.'
+    return ''

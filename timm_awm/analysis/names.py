@@ -11,7 +11,7 @@ from ..hub import export_run
 from ..hub.folder import CONFIG, REFERENCE
 from ..models.checkpoint import SAFETENSORS
 
-__all__ = ['Source', 'is_own_folder', 'resolve_models', 'timm_name']
+__all__ = ['Source', 'folder_of', 'resolve_models']
 
 Source = Union[Path, str]  # a Hub folder, or the name of one of timm's models
 RUN = 'args.yaml'
@@ -36,7 +36,7 @@ def resolve_models(names: Sequence[str], temporary: Path, checkpoints: Sequence[
     """
     found: Dict[str, Source] = {}
     for i, name in enumerate(names):
-        base = _label(name) + (f'-{_folder(checkpoints[i]).parent.name}' if checkpoints else '')
+        base = _label(name) + (f'-{folder_of(checkpoints[i]).parent.name}' if checkpoints else '')
         label, n = base, 1
         while label in found:
             n += 1
@@ -45,29 +45,20 @@ def resolve_models(names: Sequence[str], temporary: Path, checkpoints: Sequence[
     return found
 
 
-def timm_name(source: Source) -> str:
-    """The name by which `timm.create_model` builds it."""
-    return f'local-dir:{source}' if isinstance(source, Path) else source
-
-
-def is_own_folder(name: str, source: Source) -> bool:
-    """Whether a model was named by its Hub folder, which is no copy of ours or of the Hub's client."""
-    return source == _folder(name)
+def folder_of(name: str) -> Path:
+    """The folder that a name means, if it means one."""
+    return Path(os.path.abspath(name.removeprefix('local-dir:')))
 
 
 def _label(name: str) -> str:
     if not name.startswith('hf-hub:'):
-        return _folder(name).name
+        return folder_of(name).name
     repository, _, revision = name.partition('@')
     return re.split('[:/]', repository)[-1] + (f'@{revision.replace("/", "-")}' if revision else '')
 
 
-def _folder(name: str) -> Path:
-    return Path(os.path.abspath(name.removeprefix('local-dir:')))
-
-
 def _find(name: str, exported: Path) -> Source:
-    folder = _folder(name)
+    folder = folder_of(name)
     if (folder / CONFIG).is_file():
         return folder
     if (folder / RUN).is_file():

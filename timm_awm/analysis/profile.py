@@ -1,5 +1,5 @@
 """How the weights vary over the depth of a network (Fig. 6), from image to image and with the class."""
-from typing import Any, Dict, Mapping, NamedTuple, Optional
+from typing import Any, Dict, Mapping, NamedTuple, Optional, Sequence
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -8,13 +8,16 @@ from torch import Tensor
 
 from .figures import HARDLY, LEAST_SPAN, depth_figure, label_merges, literal, short_name, widen
 
-__all__ = ['Profile', 'between_class_share', 'plot_paths', 'plot_profiles', 'profile_merges']
+__all__ = ['Profile', 'between_class_share', 'plot_depth', 'plot_paths', 'plot_profiles', 'profile_merges']
 
 
 class Profile(NamedTuple):
     """Mean and standard deviation of λ of one merge over the images, (paths,) each."""
     mean: np.ndarray
     std: np.ndarray
+
+
+Profiles = Mapping[str, Profile]  # by the name of the merge, in order of execution
 
 
 def profile_merges(lambdas: Mapping[str, Tensor]) -> Dict[str, Profile]:
@@ -27,7 +30,7 @@ def profile_merges(lambdas: Mapping[str, Tensor]) -> Dict[str, Profile]:
             for name, value in lambdas.items()}
 
 
-def between_class_share(values: np.ndarray, labels: np.ndarray) -> float:
+def between_class_share(values: np.ndarray, labels: np.ndarray) -> Optional[float]:
     """The share of the variance that lies between the classes: that of their means, of all.
 
     Labels drawn at random would have (classes - 1) / (images - 1) on average.
@@ -37,11 +40,11 @@ def between_class_share(values: np.ndarray, labels: np.ndarray) -> float:
         labels: (images,), whole numbers.
 
     Returns:
-        From 0 to 1; NaN if all images have the same values.
+        From 0 to 1; None if all images have the same values.
     """
     values = values.astype(np.float64)
     if not np.ptp(values, axis=0).any():  # the rounding of a mean would have a variance
-        return float('nan')
+        return None
     deviations = values - values.mean(0)
     _, index, counts = np.unique(labels, return_inverse=True, return_counts=True)
     sums = np.stack([np.bincount(index, feature) for feature in deviations.T])
@@ -56,41 +59,47 @@ def plot_profiles(models: Mapping[str, Mapping[str, Tensor]], colors: Optional[M
         models: Label of the model -> name of the merge -> (images, 2), as from `observe`.
         colors: Label of the model -> its colour.
     """
-    figure, ax = depth_figure(max(map(len, models.values())))
-    for label, lambdas in models.items():
-        mean, std = np.array([(found.mean[0], found.std[0]) for found in profile_merges(lambdas).values()]).T
-        merges = range(1, len(lambdas) + 1)
+    return plot_depth({label: profile_merges(lambdas) for label, lambdas in models.items()}, colors)
+
+
+def plot_depth(lines: Mapping[str, Profiles], colors: Optional[Mapping[str, str]] = None) -> Figure:
+    """Draw profiles of ResNets, as `plot_profiles` does.
+
+    Args:
+        lines: Label -> profiles.
+        colors: Label -> its colour.
+    """
+    figure, ax = depth_figure(max(map(len, lines.values())))
+    for label, profiles in lines.items():
+        mean, std = np.array([(found.mean[0], found.std[0]) for found in profiles.values()]).T
+        merges = range(1, len(profiles) + 1)
         line, = ax.plot(merges, mean, color=(colors or {}).get(label), marker='o', label=literal(label))
         ax.fill_between(merges, mean - std, mean + std, color=line.get_color(), alpha=0.2)
-    label_merges(ax, [list(lambdas) for lambdas in models.values()])
-    ax.axhline(0.5, color='gray', linestyle='--', label='plain: both weigh the same')
+    label_merges(ax, [list(profiles) for profiles in lines.values()])
+    ax.axhline(0.5, color='black', linestyle='--', label='plain: both weigh the same')
     ax.set_ylabel('λ1, the weight of the convolutions F(x)\n(the shortcut has 1 − λ1)')
-    title = 'λ1 over the depth, mean ± one standard deviation over the images'
+    title = 'λ1 over the depth (bands: one standard deviation)'
     ax.set_title(f'{title}\n{HARDLY}' if widen(ax) else title)
     ax.legend()
     return figure
 
 
-def plot_paths(
-        maps: Mapping[str, Mapping[str, np.ndarray]],
-        label: str,
-        stds: Optional[Mapping[str, np.ndarray]] = None,
-) -> Figure:
-    """Draw n · λ of the n paths of each merge as heat maps.
+def plot_paths(maps: Mapping[str, Profiles], label: str, spread: Optional[Profiles] = None) -> Figure:
+    """Draw n · λ of the n paths of each merge as heat maps of means.
 
     Args:
-        maps: Title -> name of the merge -> λ, (paths,).
+        maps: Title -> profiles.
         label: Names the model in the title.
-        stds: Their standard deviations over the images, for a last heat map.
+        spread: Profiles whose standard deviations are a last heat map.
     """
     names = list(next(iter(maps.values())))
-    grids = {title: _grid(values) for title, values in maps.items()}
+    grids = {title: _grid([found.mean for found in profiles.values()]) for title, profiles in maps.items()}
     farthest = max(np.nanmax(np.abs(grid - 1)) for grid in grids.values())
-    spread = max(farthest, LEAST_SPAN)
+    limit = max(farthest, LEAST_SPAN)
     colors: Dict[str, Dict[str, Any]] = {
-        title: dict(cmap='RdBu_r', vmin=1 - spread, vmax=1 + spread) for title in grids}
-    if stds is not None:
-        title, grid = 'standard deviation over the images', _grid(stds)
+        title: dict(cmap='RdBu_r', vmin=1 - limit, vmax=1 + limit) for title in grids}
+    if spread is not None:
+        title, grid = 'standard deviation over the images', _grid([found.std for found in spread.values()])
         grids[title], colors[title] = grid, dict(cmap='viridis', vmin=0, vmax=max(np.nanmax(grid), LEAST_SPAN))
     paths = next(iter(grids.values())).shape[1]
     rows = 1 if len(grids) < 3 else 2
@@ -114,9 +123,9 @@ def plot_paths(
     return figure
 
 
-def _grid(values: Mapping[str, np.ndarray]) -> np.ndarray:
+def _grid(values: Sequence[np.ndarray]) -> np.ndarray:
     """n · λ, (merges, most paths), NaN where a merge has fewer."""
-    grid = np.full((len(values), max(map(len, values.values()))), np.nan)
-    for row, of_merge in enumerate(values.values()):
+    grid = np.full((len(values), max(map(len, values))), np.nan)
+    for row, of_merge in enumerate(values):
         grid[row, :len(of_merge)] = len(of_merge) * of_merge
     return grid

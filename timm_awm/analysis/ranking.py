@@ -1,6 +1,6 @@
 """Which images use their convolutions most, and which least (Fig. 7)."""
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Sequence, Set, Tuple
+from typing import Any, Dict, List, Mapping, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -39,7 +39,8 @@ def save_ranking(folder: Path, label: str, seen: Observed, data: ImageData) -> D
     order, sums = rank_images(seen.lambdas)
     shown = min(SHOWN, len(order) // 2) or 1
     ends = dict(lowest=order[:shown].tolist(), highest=order[::-1][:shown].tolist())
-    images = _pick(data, {i for end in ends.values() for i in end})
+    every = enumerate(image for batch, _ in data.loader for image in batch)  # read again, as memory does not hold all
+    images = {i: image.clone() for i, image in every if i in {*ends['lowest'], *ends['highest']}}
     mean, std = (torch.tensor(data.config[name]).view(-1, 1, 1) for name in ('mean', 'std'))
     indices = data.indices(len(order))
     groups: Dict[str, List[Tuple[np.ndarray, str]]] = {}
@@ -76,15 +77,3 @@ def plot_contact_sheet(groups: Mapping[str, Sequence[Tuple[np.ndarray, str]]], c
             ax.imshow(image, cmap='gray', vmin=0, vmax=1)
             ax.set_title('\n'.join(literal(line, 20, lines=2) for line in caption.splitlines()), fontsize=7)
     return figure
-
-
-def _pick(data: ImageData, positions: Set[int]) -> Dict[int, Tensor]:
-    """Images by their position, read again, since not all of them are kept in memory."""
-    images: Dict[int, Tensor] = {}
-    start = 0
-    for batch, _ in data.loader:
-        images.update({i: batch[i - start] for i in positions.intersection(range(start, start + len(batch)))})
-        start += len(batch)
-        if len(images) == len(positions):
-            break
-    return images

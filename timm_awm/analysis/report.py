@@ -1,7 +1,6 @@
 """The work of `timm-awm analyze`: every question for every model, on a data set, image by image."""
 import csv
 import json
-import math
 import shutil
 import tempfile
 from pathlib import Path
@@ -26,7 +25,7 @@ from .discriminant import (
     reduce_pixels,
 )
 from .inputs import ImageData, create_model
-from .names import is_own_folder, resolve_models, timm_name
+from .names import folder_of, resolve_models
 from .observed import Observed, observe
 from .profile import between_class_share, plot_paths, plot_profiles, profile_merges
 from .ranking import save_ranking
@@ -51,12 +50,12 @@ def analyze(
 
     Args:
         models: AWM models, as for `resolve_models`.
-        checkpoint: Files of train.py, one for each model; the models' own weights if not given.
+        checkpoint: Files of train.py, one for each model (default: the models' own weights).
         num_classes, model_kwargs: As for `create_model`.
-        split: The split to analyse.
-        train_split: The split to fit PCA and LDA on; both are left out if it is not given.
+        split: Split to analyse.
+        train_split: Split to fit PCA and LDA on (default: leave both out).
         ablation: Set each merge back to the identity, and all.
-        device: An accelerator if there is one, else the CPU, if not given.
+        device: Device to run on (default: an accelerator if there is one, else the CPU).
         output: New folder, which appears when everything in it is complete.
         **data: As for `ImageData`: dataset, data_dir, input_key, target_key, num_images, batch_size, workers.
 
@@ -65,9 +64,7 @@ def analyze(
 
     Raises:
         FileExistsError: The output folder exists.
-        FileNotFoundError: A checkpoint is not there.
-        RuntimeError: The Hub cannot be reached.
-        ValueError: A model has no merges or untrained ones, or the data cannot be read or do not fit.
+        ValueError: There are not as many checkpoints as models; or as `resolve_models`, `create_model`, `ImageData`.
     """
     settings = {key: value for key, value in {**locals(), **data}.items() if key not in ('data', 'output')}
     if checkpoint and len(checkpoint) != len(models):
@@ -76,17 +73,19 @@ def analyze(
     found = _Found(f'{data_name(data)[0]}, {split}', ablation)
     with new_folder(output) as partial, tempfile.TemporaryDirectory() as temporary:
         sources = resolve_models(models, Path(temporary), checkpoint)
-        # all models and data, before hours go into the first
-        networks = [create_model(timm_name(source), file, num_classes, model_kwargs)
-                    for source, file in zip(sources.values(), checkpoint or [None] * len(models))]
-        splits = [[name and ImageData(network, split=name, title=f'{label}, {name}', **data)
-                   for name in (split, train_split)] for label, network in zip(sources, networks)]
-        for label, network, (test, train) in zip(sources, networks, splits):
-            found.add(label, network.to(on), partial / label, test, train)
-            network.cpu()
+        prepared = []  # all models and data, before hours go into the first
+        for (label, source), file in zip(sources.items(), checkpoint or [''] * len(models)):
+            name = f'local-dir:{source}' if isinstance(source, Path) else source
+            model = create_model(name, file, num_classes, model_kwargs)
+            splits = [ImageData(model, split=part, title=f'{label}, {part}', **data)
+                      for part in (split, train_split) if part]
+            prepared.append((label, model, splits))
+        for label, model, splits in prepared:
+            found.add(label, model.to(on), partial / label, *splits)
+            model.cpu()
         found.save(partial, settings)
     for name, (label, source) in zip(models, sources.items()):
-        if is_own_folder(name, source) and not checkpoint and not data.get('num_images'):
+        if source == folder_of(name) and not checkpoint and not data.get('num_images'):
             # for `timm-awm explore`, and for who gets the folder; a sample is not worth it
             try:
                 shutil.copyfile(output / label / REFERENCE, Path(source) / REFERENCE)
@@ -110,36 +109,34 @@ class _Found:
         self.pixels: Dict[str, np.ndarray] = {}  # by how images are prepared, for models that share it
         self.colors: Dict[str, str] = {}  # of a model and of its curves, in all figures
 
-    def add(self, label: str, model: nn.Module, folder: Path, test: ImageData, train: Optional[ImageData]) -> None:
+    def add(self, label: str, model: nn.Module, folder: Path, test: ImageData, *train: ImageData) -> None:
         folder.mkdir()
         self.colors[label] = f'C{len(self.summaries)}'
         seen = observe(model, test)
         labels = seen.labels.numpy()
+        arrays: Dict[str, Any] = {name: value.numpy() for name, value in seen.lambdas.items()}
         summary = self.summaries[label] = dict(images=len(labels), merges=len(seen.lambdas))
         if seen.labelled:
             classes = len(np.unique(labels))
             summary.update(
                 classes=classes,
                 top1=100 * float((seen.labels == seen.predictions).double().mean()),
-                between_class_share=_share(torch.cat(list(seen.lambdas.values()), dim=1), labels),
+                between_class_share=between_class_share(np.hstack(list(arrays.values())), labels),
                 between_class_share_by_chance=(classes - 1) / (len(labels) - 1),
             )
         profiles = profile_merges(seen.lambdas)
-        for name, (mean, std) in profiles.items():
-            self.rows += [
-                dict(model=label, merge=name, paths=len(mean), path=i + 1, mean=float(mean[i]), std=float(std[i]),
-                     between_class_share=_share(seen.lambdas[name][:, i:i + 1], labels) if seen.labelled else None)
-                for i in range(len(mean))]
+        self.rows += [
+            dict(model=label, merge=name, paths=len(mean), path=i + 1, mean=float(mean[i]), std=float(std[i]),
+                 between_class_share=between_class_share(arrays[name][:, i:i + 1], labels) if seen.labelled else None)
+            for name, (mean, std) in profiles.items() for i in range(len(mean))]
         write_reference(folder, seen, self.data)
-        np.savez_compressed(
-            folder / 'lambda.npz', index=test.indices(len(labels)), label=labels, prediction=seen.predictions.numpy(),
-            **{name: value.numpy() for name, value in seen.lambdas.items()})
+        arrays.update(index=test.indices(len(labels)), label=labels, prediction=seen.predictions.numpy())
+        np.savez_compressed(folder / 'lambda.npz', **arrays)
         if seen.residual:
             self.residual[label] = seen.lambdas
             summary.update(save_ranking(folder, label, seen, test))
         else:
-            means, stds = ({name: values[i] for name, values in profiles.items()} for i in (0, 1))
-            plot_paths(dict(mean=means), label, stds).savefig(folder / 'profile.png', dpi=120)
+            plot_paths(dict(mean=profiles), label, profiles).savefig(folder / 'profile.png', dpi=120)
         if self.ablation and seen.labelled:
             test.title = f'{label}, merges held constant'
             self.ablations[label] = ablate(model, test, seen.lambdas)
@@ -147,7 +144,7 @@ class _Found:
         if train:
             if not seen.labelled:
                 raise ValueError('PCA and LDA need labels of two classes or more: leave --train-split out.')
-            summary['cumulative_match'] = self._match(label, observe(model, train), seen, train, test)
+            summary['cumulative_match'] = self._match(label, observe(model, train[0]), seen, train[0], test)
         print(_line(label, summary))
 
     def _match(
@@ -162,7 +159,7 @@ class _Found:
             reduced = reduce_pixels(train.in_batches(PIXEL_BATCH), test.in_batches(PIXEL_BATCH), components)
             self.pixels[prepared] = cumulative_match(reduced[0], labels[0], reduced[1], labels[1])
         pixels = self.pixels[prepared]
-        names = f'{features[0].shape[1]} λ of {label}', f'{math.prod(train.config["input_size"]):,} pixels'
+        names = f'{features[0].shape[1]} λ of {label}', f'{np.prod(train.config["input_size"]):,} pixels'
         self.matches.update(zip(names, (curve, pixels)))
         self.colors.update(zip(names, (self.colors[label], 'black')))
         return dict(
@@ -175,9 +172,8 @@ class _Found:
             writer = csv.DictWriter(file, list(self.rows[0]))
             writer.writeheader()
             writer.writerows(self.rows)
-        record = dict(
-            models=self.summaries, settings=settings, timm_awm=__version__, timm=timm.__version__,
-            torch=torch.__version__)
+        versions = dict(timm_awm=__version__, timm=timm.__version__, torch=torch.__version__)
+        record = dict(models=self.summaries, settings=settings, **versions)
         text = json.dumps(record, indent=2, ensure_ascii=False, default=str)
         (output / 'summary.json').write_text(text, encoding='utf-8', errors='replace')
         if self.residual:
@@ -188,17 +184,11 @@ class _Found:
             plot_cumulative_matches(self.matches, self.colors).savefig(output / 'cumulative-match.png', dpi=120)
 
 
-def _share(values: Tensor, labels: np.ndarray) -> Optional[float]:
-    share = between_class_share(values.numpy(), labels)
-    return None if math.isnan(share) else share  # JSON has no NaN
-
-
 def _line(label: str, summary: Mapping[str, Any]) -> str:
     parts = [f'{summary["images"]:,} images']
     if 'top1' in summary:
         parts.append(f'top-1 {summary["top1"]:.2f} %')
     if 'ablation' in summary:
-        parts.append(f'{summary["ablation"]["constant"]:.2f} % with every lambda at its mean')
         parts.append(f'{summary["ablation"]["all"]:.2f} % with all merges at the identity')
     if summary.get('between_class_share') is not None:
         parts.append(f'{summary["between_class_share"]:.1%} of the variance of lambda between classes (by chance '

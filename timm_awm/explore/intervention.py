@@ -5,7 +5,6 @@ from pathlib import Path
 from threading import Lock
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence
 
-import numpy as np
 import timm
 import torch
 from matplotlib.figure import Figure
@@ -13,9 +12,9 @@ from PIL import Image
 from timm.data import create_transform, resolve_input_data_config
 from torch import Tensor
 
-from ..analysis.figures import HARDLY, depth_figure, label_merges, literal, short_name, widen
+from ..analysis.figures import short_name
 from ..analysis.names import Source
-from ..analysis.profile import plot_paths
+from ..analysis.profile import plot_depth, plot_paths, profile_merges
 from ..analysis.reference import ALL, read_reference
 from ..hub import load_folder
 from ..hub.folder import class_names
@@ -46,14 +45,14 @@ class Explored:
 
     def __init__(self, source: Source, label: str) -> None:
         self.label = label
-        local = isinstance(source, Path)
-        self.model = (load_folder(source) if local else timm.create_model(source, pretrained=True)).eval()
+        folder = source if isinstance(source, Path) else None
+        self.model = (load_folder(folder) if folder else timm.create_model(source, pretrained=True)).eval()
         self.lock = Lock()  # one picture at a time: hooks change the merges for all
         self.mixes: Dict[str, MixingWeights] = {}
         if any(isinstance(module, MixingWeights) for module in self.model.modules()):  # else the plain control
             self.mixes = find_merges(self.model)
         paths = {name: mix.num_paths for name, mix in self.mixes.items()}
-        self.reference = read_reference(source, paths) if local else None
+        self.reference = read_reference(folder, paths) if folder else None
         self.residual = all(number == 2 for number in paths.values())
         config: Any = self.model.pretrained_cfg
         names = class_names(config.get('label_names'), self.model.num_classes)
@@ -116,28 +115,14 @@ class Explored:
         if not seen.lambdas:
             return None
         predicted = int(seen.probabilities.argmax())
-        found = self.reference['groups'] if self.reference else {}
-        groups = {
-            label: found[key]['merges']
-            for key, label in ((ALL, 'all images'), (str(predicted), self.classes[predicted])) if key in found}
+        groups = self.reference['groups'] if self.reference else {}
+        lines = {
+            f'mean of {name}': groups[key]['merges']
+            for key, name in ((ALL, 'all images'), (str(predicted), self.classes[predicted])) if key in groups}
+        colors = {**dict(zip(lines, ('gray', 'C1'))), 'this picture': 'C0'}
+        lines['this picture'] = profile_merges(seen.lambdas)
         if not self.residual:
-            maps = {'this picture': {name: value[0].numpy() for name, value in seen.lambdas.items()}}
-            for label, of_merges in groups.items():
-                maps[f'mean of {label}'] = {name: np.array(values['mean']) for name, values in of_merges.items()}
-            stds = found and {name: np.array(values['std']) for name, values in found[ALL]['merges'].items()}
-            return plot_paths(maps, self.label, stds or None)
-        figure, ax = depth_figure(len(seen.lambdas))
+            return plot_paths(lines, self.label, groups[ALL]['merges'] if groups else None)
+        figure = plot_depth(lines, colors)
         figure.set_size_inches(max(5.5, 0.2 * len(seen.lambdas)), 4)  # to be read on a phone
-        merges = range(1, len(seen.lambdas) + 1)
-        for (label, of_merges), color in zip(groups.items(), ('gray', 'tab:orange')):
-            mean, std = (np.array([of_merges[name][what][0] for name in seen.lambdas]) for what in ('mean', 'std'))
-            ax.plot(merges, mean, color=color, label=literal(f'{label}: mean ± one standard deviation', 40))
-            ax.fill_between(merges, mean - std, mean + std, color=color, alpha=0.2)
-        ax.plot(merges, [float(value[0, 0]) for value in seen.lambdas.values()], 'o-', label='this picture', lw=2)
-        ax.axhline(0.5, color='black', linestyle='--', lw=1, label='plain: both weigh the same')
-        label_merges(ax, [list(seen.lambdas)])
-        ax.set_ylabel('λ1, the weight of the convolutions F(x)')
-        if widen(ax):
-            ax.set_title(literal(HARDLY))
-        ax.legend()
         return figure

@@ -23,13 +23,8 @@ from .pictures import draw_examples, read_picture
 __all__ = ['explore', 'make_page']
 
 
-def make_page(models: Sequence[Explored], examples: Sequence[str] = ()) -> gr.Blocks:
-    """The page.
-
-    Args:
-        models: Side by side.
-        examples: Files of pictures to choose from.
-    """
+def make_page(models: Sequence[Explored], examples: Sequence[str]) -> gr.Blocks:
+    """The page, with models side by side, and files of pictures to choose from."""
     def show(path: Optional[str], *settings: Any) -> List[Any]:
         """Classes, effect and figure of every model."""
         if path is None:
@@ -57,7 +52,7 @@ def make_page(models: Sequence[Explored], examples: Sequence[str] = ()) -> gr.Bl
             picture: Any = gr.Image(label='Picture', type='filepath', sources=['upload', 'clipboard'], height=300)
             # opened by `read_picture`, which says what is wrong with it
             picture.preprocess = lambda payload: payload and payload.path
-            chosen = gr.Examples([[path] for path in examples], picture) if examples else None
+            chosen = gr.Examples([[path] for path in examples], picture)
         inputs: List[Any] = [picture]
         outputs: List[Any] = []
         with gr.Row():
@@ -77,15 +72,14 @@ def make_page(models: Sequence[Explored], examples: Sequence[str] = ()) -> gr.Bl
         # an upload changes a picture twice
         triggers = [picture.upload, picture.clear, *(item.change for item in inputs[1:])]
         shown = gr.on(triggers, show, inputs, outputs, trigger_mode='always_last', show_progress='minimal')
-        if chosen:
-            chosen.load_input_event.then(show, inputs, outputs, show_progress='minimal')
+        chosen.load_input_event.then(show, inputs, outputs, show_progress='minimal')
         shown.failure(lambda: [None] * (1 + len(outputs)), outputs=[picture, *outputs])
     return page
 
 
 def _literal(text: str) -> str:
     """A text from people as Markdown shows it as it is."""
-    return re.sub(r'([^\w\s])', r'\\\1', text).replace('_', r'\_')
+    return re.sub(r'([^\w\s]|_)', r'\\\1', text)
 
 
 def _about(model: Explored) -> str:
