@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
 
@@ -470,6 +471,15 @@ def test_images_of_the_contact_sheet_are_the_files(world, tmp_path, monkeypatch)
     assert 'ablation' not in summary and not (tmp_path / 'out' / 'ablation.png').exists()
 
 
+def test_a_model_keeps_its_colour(world, tmp_path, monkeypatch):
+    figures = {}
+    monkeypatch.setattr(Figure, 'savefig', lambda self, path, **kwargs: figures.update({path.name: self}))
+    assert analyze(world, tmp_path / 'out', '--train-split', 'train', models=(DENSENET, RESNET)) == 0
+    for name in 'profile.png', 'ablation.png', 'cumulative-match.png':
+        ax, = figures[name].axes
+        assert {line.get_color() for line in ax.lines if RESNET in line.get_label()} == {'C1'}, name
+
+
 def test_images_drawn_at_random(world, analysed, tmp_path):
     assert analyze(world, tmp_path / 'out', '--num-images', 8) == 0
     whole, drawn = (np.load(folder / f'{RESNET}-{RESNET}' / 'lambda.npz') for folder in (analysed, tmp_path / 'out'))
@@ -497,6 +507,9 @@ def test_a_published_model_on_images_without_classes(world, tmp_path):
     reference = (tmp_path / 'gray.t3' / 'lambda.json').read_text()  # for who gets the model
     assert reference == (tmp_path / 'out' / 'gray.t3' / 'lambda.json').read_text()
     assert json.loads(reference)['data'] == 'flat, validation' and list(json.loads(reference)['groups']) == ['all']
+    (tmp_path / 'gray.t3' / 'lambda.json').unlink()
+    assert main(['analyze', source, *on_flat, str(tmp_path / 'sample'), '--num-images', '3']) == 0
+    assert not (tmp_path / 'gray.t3' / 'lambda.json').exists()
     weights = '--checkpoint', str(tmp_path / 'gray.t3' / 'model.safetensors')
     of_model = '--model-kwargs', 'in_chans=1', '--num-classes', '4'
     assert main(['analyze', RESNET, *weights, *of_model, *on_flat, str(tmp_path / 'of_file')]) == 0
@@ -536,7 +549,7 @@ def test_models_at_the_identity_start(world, tmp_path, capsys):
 
 @pytest.mark.parametrize('args, message', [
     ([], 'The columns are: img, label.'), (['--input-key', 'img', '--target-key', 'x'], 'The columns are: img, label.'),
-    (['--input-key', 'img', '--split', 'val'], "Should be one of ['validation']")])
+    (['--input-key', 'img', '--train-split', 'train'], "Should be one of ['validation']")])
 def test_columns_of_a_data_set_are_named(world, tmp_path, capsys, args, message):
     folder = tmp_path / 'data'
     folder.mkdir()
@@ -545,7 +558,8 @@ def test_columns_of_a_data_set_are_named(world, tmp_path, capsys, args, message)
     datasets.Dataset.from_dict(rows, features).to_parquet(str(folder / 'validation.parquet'))
     data = '--dataset', f'hfds/{folder}', '--data-dir', tmp_path / 'cache'
     assert analyze(world, tmp_path / 'out', *data, *args) == 1
-    assert message in capsys.readouterr().err
+    printed = capsys.readouterr()
+    assert message in printed.err and 'images' not in printed.out  # before the work
 
 
 @pytest.mark.parametrize('args, message', [
