@@ -216,7 +216,7 @@ def test_cumulative_match_needs_classes_and_features(values, train_labels, test_
 
 
 def test_pixels_are_reduced_to_their_principal_components():
-    """Of images of rank 3, three incremental components are all: distances stay."""
+    """If images have rank 3, three incremental components are all: distances stay."""
     torch.manual_seed(0)
     images = (torch.randn(34, 3) @ torch.randn(3, 48) + 1).view(34, 3, 4, 4)
     train, test = images[:22].split(10), images[22:].split(8)  # 10, 10 and 2, which are too few to be fitted

@@ -335,7 +335,7 @@ def test_bad_pictures_are_refused_and_the_server_goes_on(page, picture, tmp_path
 
 @needs_browser
 def test_pictures_of_every_kind_on_the_page(page, picture, tmp_path):
-    """What a page shows of a picture depends on it alone."""
+    """A page shows of a picture what depends on it alone."""
     column = page.locator('.column', has=page.get_by_role('heading', name=f'{RESNET}.t3_c10')).last
     shown = []
     for name in 'alpha.png', 'transparent.gif', 'alpha.png', 'cmyk.jpg', 'dot.png':

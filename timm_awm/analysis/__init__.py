@@ -1,4 +1,4 @@
-"""What the merges of trained networks do: the analyses of the paper's Figs. 6, 7 and 10, and ablations."""
+"""A look at what the merges of trained networks do: the analyses of the paper's Figs. 6, 7 and 10, and ablations."""
 from .ablation import Ablation, ablate, plot_ablations
 from .discriminant import as_features, cumulative_match, plot_cumulative_matches, reduce_pixels
 from .inputs import ImageData, create_model

@@ -1,4 +1,4 @@
-"""What accuracy a trained network loses when its merges are held constant."""
+"""The accuracy that a trained network loses when its merges are held constant."""
 from typing import ContextManager, Dict, Mapping, NamedTuple, Optional
 
 import torch
@@ -15,10 +15,10 @@ __all__ = ['Ablation', 'ablate', 'plot_ablations']
 
 class Ablation(NamedTuple):
     """Top-1 accuracies in percent."""
-    top1: float  # of the network as it is
-    constant: float  # with every λ at its mean over the images
-    all: float  # with all merges at the identity, λ = 1/n: plain sums and concatenations
-    merges: Dict[str, float]  # name of the merge -> with it alone at the identity, in order of execution
+    top1: float  # the network as it is
+    constant: float  # every λ at its mean over the images
+    all: float  # all merges at the identity, λ = 1/n: plain sums and concatenations
+    merges: Dict[str, float]  # name of the merge -> it alone at the identity, in order of execution
 
 
 def ablate(model: nn.Module, batches: Batches, lambdas: Mapping[str, Tensor]) -> Ablation:

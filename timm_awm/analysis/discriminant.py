@@ -14,7 +14,7 @@ from .observed import Batches
 
 __all__ = ['as_features', 'cumulative_match', 'reduce_pixels', 'plot_cumulative_matches']
 
-COMPONENTS = 30  # as in the paper
+COMPONENTS = 30  # the paper's number
 RANKS = 10
 PIXEL_BATCH = 256  # images, at least: enough for the principal components to settle
 

@@ -1,4 +1,4 @@
-"""What the figures share: axes over the depth of a network, people's texts, and scales that do not magnify noise."""
+"""Parts that the figures share: axes over the depth of a network, people's texts, and scales that do not magnify noise."""
 import textwrap
 from typing import Optional, Sequence, Tuple
 
@@ -8,7 +8,7 @@ from matplotlib.ticker import MaxNLocator, ScalarFormatter
 
 __all__ = ['HARDLY', 'LEAST_SPAN', 'depth_figure', 'label_merges', 'literal', 'short_name', 'widen']
 
-LEAST_SPAN = 0.05  # of a scale: what varies less is noise
+LEAST_SPAN = 0.05  # on any scale: less is noise
 HARDLY = 'The network has hardly moved from the identity:\nall of this lies within 0.05.'
 
 

@@ -78,5 +78,5 @@ def _fetch(name: str) -> Path:
     files = [CONFIG, SAFETENSORS, REFERENCE]
     try:
         return Path(snapshot_download(repository, revision=revision or None, allow_patterns=files))
-    except Exception as error:  # of the Hub's client and its connection
+    except Exception as error:  # the Hub's client and its connection raise all kinds
         raise RuntimeError(f'{name} cannot be fetched: {type(error).__name__}: {error}') from error

@@ -1,4 +1,4 @@
-"""What one image is compared with: mean and spread of λ over a data set, and over each of its classes."""
+"""The reference that one image is compared with: mean and spread of λ over a data set, and over each of its classes."""
 import json
 from pathlib import Path
 from typing import Any, Dict, Mapping, Optional
@@ -35,7 +35,7 @@ def write_reference(folder: Path, seen: Observed, data: str) -> None:
 
 
 def read_reference(folder: Path, paths: Mapping[str, int]) -> Optional[Dict[str, Any]]:
-    """What `write_reference` wrote into a model's folder, with a `Profile` for each merge; None if there is nothing.
+    """Reads lambda.json in a model's folder, with a `Profile` for each merge; None if there is nothing.
 
     Args:
         folder: The model's folder.

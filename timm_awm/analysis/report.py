@@ -97,17 +97,17 @@ def analyze(
 
 
 class _Found:
-    """What is found, of all models by their labels."""
+    """All findings, by the labels of the models."""
 
     def __init__(self, data: str, ablation: bool) -> None:
         self.data, self.ablation = data, ablation
-        self.rows: List[Dict[str, Any]] = []  # of profile.csv
+        self.rows: List[Dict[str, Any]] = []  # the lines of profile.csv
         self.summaries: Dict[str, Dict[str, Any]] = {}
         self.residual: Dict[str, Dict[str, Tensor]] = {}  # λ of the ResNets
         self.ablations: Dict[str, Ablation] = {}
         self.matches: Dict[str, np.ndarray] = {}
         self.pixels: Dict[str, np.ndarray] = {}  # by how images are prepared, for models that share it
-        self.colors: Dict[str, str] = {}  # of a model and of its curves, in all figures
+        self.colors: Dict[str, str] = {}  # one for a model and its curves, in all figures
 
     def add(self, label: str, model: nn.Module, folder: Path, test: ImageData, *train: ImageData) -> None:
         folder.mkdir()

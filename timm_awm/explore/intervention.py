@@ -27,7 +27,7 @@ NONE = 'none'
 
 
 class Seen(NamedTuple):
-    """What a network makes of a picture."""
+    """The prediction of a network for a picture, and its mixing weights."""
     probabilities: Tensor  # (classes,)
     lambdas: Dict[str, Tensor]  # name of the merge -> λ, (1, paths)
 

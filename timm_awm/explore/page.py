@@ -91,7 +91,7 @@ def _about(model: Explored) -> str:
 
 
 def _effect(classes: Sequence[str], plain: Seen, seen: Seen) -> str:
-    """What changed merges do to the prediction."""
+    """Says what changed merges do to the prediction."""
     p, q = plain.probabilities, seen.probabilities
     if torch.equal(p, q):
         return ''

@@ -10,7 +10,7 @@ from sklearn.datasets import load_digits, load_sample_images
 __all__ = ['MEGAPIXELS', 'draw_examples', 'read_picture']
 
 FORMATS = 'PNG', 'JPEG', 'WEBP', 'GIF', 'BMP', 'TIFF'
-MEGAPIXELS = 50  # what is larger is not decoded
+MEGAPIXELS = 50  # larger ones are not decoded
 
 
 def read_picture(path: str) -> Image.Image:
@@ -40,7 +40,7 @@ def read_picture(path: str) -> Image.Image:
             'most 100 times as long as wide.') from error
     except FileNotFoundError as error:
         raise ValueError('The picture has been deleted after some minutes: drop it again.') from error
-    except Exception as error:  # of Pillow's readers
+    except Exception as error:  # Pillow's readers raise all kinds
         raise ValueError(
             'This file cannot be read as a picture: take a whole PNG, JPEG, WebP, GIF, BMP or TIFF.') from error
 
