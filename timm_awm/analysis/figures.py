@@ -1,4 +1,4 @@
-"""Parts that the figures share: axes over the depth of a network, people's texts, and scales that do not magnify noise."""
+"""Parts that figures share: axes over the depth of a network, people's texts, scales that do not magnify noise."""
 import textwrap
 from typing import Optional, Sequence, Tuple
 

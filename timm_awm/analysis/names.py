@@ -65,7 +65,7 @@ def _find(name: str, exported: Path) -> Source:
         export_run(folder, exported)
         return exported
     if folder.is_dir():
-        inside = sorted(str(file.parent) for what in (CONFIG, RUN) for file in folder.glob(f'*/{what}'))
+        inside = sorted({str(file.parent) for what in (CONFIG, RUN) for file in folder.glob(f'*/{what}')})
         raise ValueError(f'{folder} is no model: it has neither {CONFIG} nor {RUN}. '
                          + (f'There are models in it, name one: {", ".join(inside)}' if inside else FORMS))
     if not re.fullmatch(r'[\w.-]+', name) or not timm.is_model(name):
