@@ -1,3 +1,4 @@
+import copy
 import os
 import re
 import shutil
@@ -5,18 +6,19 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from networks import create
 from PIL import Image
 from playwright.sync_api import expect, sync_playwright
 
 from timm_awm import record_mixing_weights
-from timm_awm.analysis import identity_merges
-from timm_awm.explore import MEGAPIXELS, Explored, draw_examples, read_picture, resolve_models
+from timm_awm.explore import MEGAPIXELS, Explored, draw_examples, read_picture
 from timm_awm.hub import save_for_hub
 from timm_awm_cli.main import main
 
@@ -52,6 +54,10 @@ def gif(path):
     frames[0].save(path, save_all=True, append_images=frames[1:])
 
 
+def damaged_exif(path):
+    Image.new('RGB', (40, 30), 'white').save(path, exif=b'Exif\0\0garbage')
+
+
 def rotated(path):
     exif = Image.Exif()
     exif[0x0112] = 6  # lies on its side
@@ -64,6 +70,11 @@ PICTURES = {
     'transparent.gif': lambda path: Image.new('P', (40, 30)).save(path, transparency=0),
     'grey_alpha.png': lambda path: Image.new('LA', (40, 30), (0, 0)).save(path),
     'cmyk.jpg': lambda path: Image.new('CMYK', (40, 30)).save(path),
+    'cmyk.tiff': lambda path: Image.new('CMYK', (40, 30)).save(path),
+    'bits.bmp': lambda path: Image.new('1', (40, 30), 1).save(path),
+    'damaged_exif.png': damaged_exif,
+    'damaged_exif.webp': damaged_exif,
+    'damaged_exif.jpg': damaged_exif,
 }
 
 
@@ -135,9 +146,11 @@ def test_what_is_seen_is_what_the_network_infers(folders):
         with record_mixing_weights(explored.model) as lambdas, torch.inference_mode():
             explored.model(x)
         torch.testing.assert_close(seen.lambdas, lambdas)
-        identity = list(lambdas)[1:3]
-        with identity_merges(explored.model, identity), torch.inference_mode():
-            expected = explored.model(x)[0].softmax(0)
+        identity, model = list(lambdas)[1:3], copy.deepcopy(explored.model)
+        for merge in identity:
+            torch.nn.init.zeros_(model.get_submodule(merge).mix.weight2)
+        with torch.inference_mode():
+            expected = model(x)[0].softmax(0)
         torch.testing.assert_close(explored.look(picture, identity).probabilities, expected)
         assert not torch.equal(seen.probabilities, expected)
 
@@ -203,21 +216,43 @@ def test_many_at_once_see_their_own(folders):
     assert all(map(torch.equal, alone, together))
 
 
-def test_models_by_name(folders, tmp_path):
-    found = resolve_models([str(folders / 'resnet'), f'local-dir:{folders}/plain', str(folders / 'resnet')], tmp_path)
-    assert found == {'resnet': folders / 'resnet', 'plain': folders / 'plain', 'resnet-2': folders / 'resnet'}
+@pytest.mark.parametrize('label_names, classes', [
+    ({1: 'dog', 0: 'cat', 2: 'cow'}, ['cat', 'dog', 'cow']), ({'2': 'cow'}, ['0', '1', 'cow']),
+    (['cat', 'dog'], ['cat', 'dog', '2']), (['cat', 'cat', 'cow'], ['cat (0)', 'cat (1)', 'cow'])], ids=str)
+def test_names_of_classes_in_all_forms_of_timm(label_names, classes, tmp_path):
+    model = create(RESNET, num_classes=3)
+    timm.models.save_for_hf(model, tmp_path, model_config=dict(label_names=label_names), safe_serialization=True)
+    assert Explored(tmp_path, 'net').classes == classes
+
+
+def test_a_hundred_thousand_classes(tmp_path):
+    names = [f'class {i}' for i in range(100_000)]
+    model = create(RESNET, num_classes=len(names))
+    timm.models.save_for_hf(model, tmp_path, model_config=dict(label_names=names), safe_serialization=True)
+    start = time.process_time()
+    assert Explored(tmp_path, 'net').classes == names
+    assert time.process_time() - start < 30  # where each name is looked for in all: minutes
+
+
+def test_a_model_that_timm_has(monkeypatch):
+    weights = create(RESNET, away=True)
+    monkeypatch.setattr(timm, 'create_model', lambda name, pretrained: {(RESNET, True): weights}[name, pretrained])
+    assert Explored(RESNET, 'net').look(Image.new('RGB', (32, 32))).lambdas
 
 
 def test_models_that_are_not_there(capsys, tmp_path):
     assert main(['explore', 'no_such_model']) == 1
-    assert 'no_such_model. A model is hf-hub:OWNER/NAME' in capsys.readouterr().err
-    assert main(['explore', str(tmp_path)]) == 1
-    assert 'args.yaml' in capsys.readouterr().err
+    assert 'no model no_such_model' in capsys.readouterr().err
+    assert main(['explore', str(HUB)]) == 1
+    assert f'{HUB / RESNET}.t3_c10' in capsys.readouterr().err
 
 
-def test_a_port_that_there_is_not(capsys, folders):
-    assert main(['explore', str(folders / 'plain'), '--port', '70000']) == 1
-    assert 'port must be 0-65535' in capsys.readouterr().err
+@pytest.mark.parametrize('args, message', [
+    (['--port', '70000'], 'port must be 0-65535'), (['--host', '192.0.2.1'], 'assign requested address'),
+    (['--host', 'no host'], 'not known')])
+def test_an_address_that_cannot_be_had(capsys, folders, args, message):
+    assert main(['explore', str(folders / 'plain'), *args]) == 1
+    assert message in capsys.readouterr().err
 
 
 # --- the page
@@ -229,7 +264,7 @@ def server(folders, tmp_path_factory):
     models = [HUB / f'{RESNET}.t3_c10', folders / 'densenet', folders / 'plain']
     process = subprocess.Popen(
         [sys.executable, '-m', 'timm_awm', 'explore', *models], stdout=subprocess.PIPE, text=True,
-        env={**os.environ, 'TMPDIR': str(temporary)})
+        env={**os.environ, 'TMPDIR': str(temporary), 'HTTP_PROXY': 'http://127.0.0.1:9'})  # where nobody answers
     line = process.stdout.readline()
     url = re.search(r'http://127\.0\.0\.1:\d+/', line)[0]
     yield url, temporary
@@ -293,13 +328,14 @@ def test_bad_pictures_are_refused_and_the_server_goes_on(page, picture, tmp_path
         drop(page, tmp_path / name)
         alert = page.get_by_test_id('toast-body')
         expect(alert).to_contain_text(re.compile(message))
-        page.get_by_test_id('toast-close').click()
         expect(page.get_by_test_id('label-output-value')).to_have_count(0)  # and nothing of it stays
+        assert len(re.findall(message, alert.inner_text())) == 1
+        page.get_by_test_id('toast-close').click()
 
 
 @needs_browser
 def test_pictures_of_every_kind_on_the_page(page, picture, tmp_path):
-    """What a page shows of a picture depends on it alone."""
+    """A page shows of a picture what depends on it alone."""
     column = page.locator('.column', has=page.get_by_role('heading', name=f'{RESNET}.t3_c10')).last
     shown = []
     for name in 'alpha.png', 'transparent.gif', 'alpha.png', 'cmyk.jpg', 'dot.png':
@@ -319,11 +355,17 @@ def test_an_example_is_shown(page):
 
 
 @needs_browser
-def test_the_page_fits_a_phone(page, picture):
+def test_the_page_fits_a_phone_and_tells_its_figures(page, picture):
     page.set_viewport_size(dict(width=360, height=740))
     drop(page, picture)
     expect(page.get_by_test_id('label-output-value').first).to_have_text('airplane')
     assert page.evaluate('document.documentElement.scrollWidth') <= 360
+    for heading in page.get_by_role('heading').all():
+        assert heading.evaluate('e => e.scrollWidth <= e.clientWidth')
+    explored = Explored(HUB / f'{RESNET}.t3_c10', 'net')
+    value = explored.look(read_picture(str(picture))).lambdas['layer3.1.merge'][0, 0]
+    expect(page.get_by_alt_text('λ of this picture').first).to_have_attribute(
+        'alt', re.compile(rf'layer1.0 0\.\d\d, .*layer3.1 {value:.2f}, '))
 
 
 @pytest.mark.skipif(sys.platform != 'linux', reason='127.0.0.2 is there on Linux alone')
@@ -332,3 +374,11 @@ def test_the_page_is_for_this_machine_alone(server):
     socket.create_connection(('127.0.0.1', port), 5).close()
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(('127.0.0.2', port), 5)
+
+
+@pytest.mark.skipif(not os.path.exists('/proc/net/if_inet6'), reason='the machine has no IPv6')
+def test_the_page_at_an_ipv6_address(folders):
+    command = [sys.executable, '-m', 'timm_awm', 'explore', folders / 'plain', '--host', '::1']
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert 'http://[::1]:' in process.stdout.readline()
+        process.terminate()

@@ -1,5 +1,4 @@
 import argparse
-from pathlib import Path
 
 from .main import positive_int
 
@@ -12,34 +11,41 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         'images with the highest and the lowest sum of lambda1 (ResNets), the share of the variance of lambda that '
         'lies between classes, the accuracy with merges set back to the identity, and with --train-split what PCA and '
         'LDA tell of the class from lambda and from pixels: summary.json, profile.csv and figures, and in one folder '
-        'for each model lambda.npz, classes.csv and figures.')
+        'for each model lambda.npz, lambda.json and figures.')
     parser.epilog = (
-        'Example: timm-awm analyze local-dir:awm_resnet20_cifar.t3_c10 --dataset hfds/uoft-cs/cifar10 --input-key img '
+        'Example: timm-awm analyze hub/awm_resnet20_cifar.t3_c10 --dataset hfds/uoft-cs/cifar10 --input-key img '
         '--target-key label --split test --train-split train; timm-awm analyze awm_resnet14_cifar awm_resnet20_cifar '
         '--checkpoint a/last.pth.tar b/last.pth.tar --data-dir images')
     parser.add_argument(
-        'models', nargs='+', metavar='MODEL', help='AWM models as timm names them, hf-hub:... and local-dir:... too')
+        'models', nargs='+', metavar='MODEL',
+        help="name of timm's, hf-hub:OWNER/NAME[@REVISION], local-dir:FOLDER, a Hub folder, or a run of train.py")
     parser.add_argument(
         '--checkpoint', nargs='+', default=[], metavar='FILE',
-        help="of train.py, one for each model (the models' own weights)")
-    parser.add_argument('--num-classes', type=positive_int, metavar='N', help="(the models' own)")
-    parser.add_argument('--model-kwargs', nargs='*', default=[], metavar='NAME=VALUE', help="as of train.py")
+        help="checkpoint of train.py, one for each model (default: the models' own weights)")
+    parser.add_argument('--num-classes', type=positive_int, metavar='N', help="classes (default: the models' own)")
+    parser.add_argument(
+        '--model-kwargs', nargs='*', default=[], metavar='NAME=VALUE', help='arguments of the models, as of train.py')
     data = parser.add_argument_group("data, as for timm's validate.py; sizes and normalisation are the models' own")
-    data.add_argument('--dataset', default='', metavar='TYPE/NAME', help='such as hfds/uoft-cs/cifar10 (image folders)')
+    data.add_argument(
+        '--dataset', default='', metavar='TYPE/NAME', help='such as hfds/uoft-cs/cifar10 (default: image folders)')
     data.add_argument('--data-dir', metavar='DIR', help='root of the data set')
-    data.add_argument('--split', default='validation', help='split to analyse (%(default)s)')
-    data.add_argument('--train-split', metavar='SPLIT', help='split to fit PCA and LDA on (left out)')
-    data.add_argument('--input-key', metavar='KEY', help='column of the images')
-    data.add_argument('--target-key', metavar='KEY', help='column of the labels')
-    data.add_argument('--num-images', type=positive_int, metavar='N', help='of each split, drawn at random (all)')
-    data.add_argument('-b', '--batch-size', type=positive_int, default=256, metavar='N', help='(%(default)s)')
-    data.add_argument('-j', '--workers', type=int, default=4, metavar='N', help='processes that load (%(default)s)')
+    data.add_argument('--split', default='validation', help='split to analyse (default: %(default)s)')
+    data.add_argument('--train-split', metavar='SPLIT', help='split to fit PCA and LDA on (default: leave both out)')
+    data.add_argument('--input-key', metavar='KEY', help='column of the images (default: image)')
+    data.add_argument('--target-key', metavar='KEY', help='column of the labels (default: label)')
+    data.add_argument(
+        '--num-images', type=positive_int, metavar='N', help='images of each split, drawn at random (default: all)')
+    data.add_argument(
+        '-b', '--batch-size', type=positive_int, default=256, metavar='N', help='images at once (default: %(default)s)')
+    data.add_argument(
+        '-j', '--workers', type=int, default=4, metavar='N', help='processes that load images (default: %(default)s)')
     parser.add_argument(
         '--ablation', action=argparse.BooleanOptionalAction, default=True,
-        help='set back each merge in turn, and all: as many passes as merges, and three more (yes)')
-    parser.add_argument('--device', help='(an accelerator if there is one, else cpu)')
+        help='set back each merge alone, and all: the data are read once, the network runs once for each merge and '
+             'three times more (default: yes)')
+    parser.add_argument('--device', help='device to run on (default: an accelerator if there is one, else cpu)')
     parser.add_argument(
-        '--output', type=Path, default=Path('timm-awm-analysis'), metavar='FOLDER', help='new folder (%(default)s)')
+        '--output', default='timm-awm-analysis', metavar='FOLDER', help='new folder (default: %(default)s)')
 
 
 def run(args: argparse.Namespace) -> None:
@@ -47,8 +53,10 @@ def run(args: argparse.Namespace) -> None:
         from timm.utils import ParseKwargs
 
         from timm_awm import analysis
+        # parsed here, since timm's parser imports torch
+        ParseKwargs(None, 'model_kwargs')(argparse.ArgumentParser(), args, args.model_kwargs)
+        analysis.analyze(**{key: value for key, value in vars(args).items() if key != 'command'})
     except ModuleNotFoundError as error:
-        raise RuntimeError(f'the analysis needs {error.name}: pip install ".[analysis]", as the README says') from error
-    # parsed here, since timm's parser imports torch
-    ParseKwargs(None, 'model_kwargs')(argparse.ArgumentParser(), args, args.model_kwargs)
-    analysis.analyze(args)
+        extra = 'data' if error.name == 'datasets' else 'analysis'
+        raise RuntimeError(
+            f'the analysis needs {error.name}: pip install ".[{extra}]", as the README says') from error

@@ -13,15 +13,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = 'Example: timm-awm explore hub/awm_resnet14_cifar.t3_c10 hub/awm_resnet14_cifar.plain_c10'
     parser.add_argument(
         'models', nargs='+', metavar='MODEL',
-        help='hf-hub:OWNER/NAME, local-dir:FOLDER, a Hub folder, or a run of train.py')
+        help="name of timm's, hf-hub:OWNER/NAME[@REVISION], local-dir:FOLDER, a Hub folder, or a run of train.py")
     parser.add_argument(
-        '--host', default='127.0.0.1', help='address to listen on; 0.0.0.0 lets others in (%(default)s)')
-    parser.add_argument('--port', type=positive_int, metavar='N', help='(the first free one from 7860)')
+        '--host', default='127.0.0.1', help='address to listen on; 0.0.0.0 lets others in (default: %(default)s)')
+    parser.add_argument(
+        '--port', type=positive_int, metavar='N', help='port to listen on (default: the first free one from 7860)')
 
 
 def run(args: argparse.Namespace) -> None:
     try:
         from timm_awm.explore import explore
-    except ModuleNotFoundError as error:
-        raise RuntimeError(f'the page needs {error.name}: pip install ".[explore]", as the README says') from error
+    except ImportError as error:
+        what = f'needs {error.name}: pip install ".[explore]", as the README says' if error.name else f'fails: {error}'
+        raise RuntimeError(f'the page {what}') from error
     explore(args.models, args.host, args.port)

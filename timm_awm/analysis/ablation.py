@@ -1,6 +1,5 @@
-"""What accuracy a trained network loses when its merges are held constant."""
-from contextlib import contextmanager
-from typing import ContextManager, Dict, Iterator, Mapping, NamedTuple, Optional, Sequence
+"""The accuracy that a trained network loses when its merges are held constant."""
+from typing import ContextManager, Dict, Mapping, NamedTuple, Optional
 
 import torch
 from matplotlib.figure import Figure
@@ -8,38 +7,18 @@ from torch import Tensor, nn
 
 from ..layers import MixingWeights
 from ..layers.record import find_merges, hook_merges
-from .observe import Batches, eval_mode
-from .profile import depth_figure, label_merges
+from .figures import depth_figure, label_merges, literal, widen
+from .observed import Batches, eval_mode
 
-__all__ = ['Ablation', 'ablate', 'identity_merges', 'plot_ablations']
+__all__ = ['Ablation', 'ablate', 'plot_ablations']
 
 
 class Ablation(NamedTuple):
     """Top-1 accuracies in percent."""
-    top1: float  # of the network as it is
-    constant: float  # with every λ at its mean over the images
-    all: float  # with all merges at the identity, λ = 1/n: plain sums and concatenations
-    merges: Dict[str, float]  # name of the merge -> with it alone at the identity, in order of execution
-
-
-@contextmanager
-def identity_merges(model: nn.Module, names: Optional[Sequence[str]] = None) -> Iterator[None]:
-    """Inside the `with` block merges are at the identity, λ = 1/n: plain sums and concatenations.
-
-    Args:
-        model: A model with merges, itself or wrapped as for `record_mixing_weights`.
-        names: Merges, named as by `record_mixing_weights`; all if not given.
-
-    Raises:
-        ValueError: The model has no merge, or none of such a name.
-    """
-    mixes = find_merges(model)
-    names = list(mixes) if names is None else names
-    for name in names:
-        if name not in mixes:
-            raise ValueError(f'{type(model).__name__} has no AWM merge {name!r}.')
-    with _constant_merges(mixes, {name: torch.ones(mixes[name].num_paths) for name in names}):
-        yield
+    top1: float  # the network as it is
+    constant: float  # every λ at its mean over the images
+    all: float  # all merges at the identity, λ = 1/n: plain sums and concatenations
+    merges: Dict[str, float]  # name of the merge -> it alone at the identity, in order of execution
 
 
 def ablate(model: nn.Module, batches: Batches, lambdas: Mapping[str, Tensor]) -> Ablation:
@@ -51,13 +30,10 @@ def ablate(model: nn.Module, batches: Batches, lambdas: Mapping[str, Tensor]) ->
         lambdas: Name of the merge -> λ, (images, paths), for the means: `observe(...).lambdas`.
 
     Raises:
-        ValueError: The model has no merge, λ of a merge is not given, or there are no images.
+        ValueError: The model has no merge, or there are no images.
     """
     device = next(model.parameters()).device
     mixes = find_merges(model)
-    missing = mixes.keys() - lambdas.keys()
-    if missing:
-        raise ValueError(f'The mixing weights of the merges {sorted(missing)} are not given.')
     means = {name: mix.num_paths * lambdas[name].mean(0) for name, mix in mixes.items()}
     ones = {name: torch.ones(mix.num_paths) for name, mix in mixes.items()}
     variants = [{}, means, ones, *({name: scales} for name, scales in ones.items())]
@@ -75,22 +51,24 @@ def ablate(model: nn.Module, batches: Batches, lambdas: Mapping[str, Tensor]) ->
     return Ablation(top1, constant, without_all, dict(zip(mixes, without_one)))
 
 
-def plot_ablations(models: Mapping[str, Ablation]) -> Figure:
+def plot_ablations(models: Mapping[str, Ablation], colors: Optional[Mapping[str, str]] = None) -> Figure:
     """Draw the accuracy lost with each merge and with all at the identity, and with every λ at its mean.
 
     Args:
         models: Label of the model -> the result of `ablate`.
+        colors: Label of the model -> its colour.
     """
     figure, ax = depth_figure(max(len(ablation.merges) for ablation in models.values()))
     for label, (top1, constant, without_all, merges) in models.items():
         line, = ax.plot(
             range(1, len(merges) + 1), [value - top1 for value in merges.values()], marker='o',
-            label=f'{label} ({top1:.2f} %), one merge at the identity')
-        ax.axhline(constant - top1, color=line.get_color(), linestyle=':', label=f'{label}, every λ at its mean')
-        ax.axhline(
-            without_all - top1, color=line.get_color(), linestyle='--', label=f'{label}, all merges at the identity')
+            color=(colors or {}).get(label), label=literal(f'{label} ({top1:.2f} %), one merge at the identity', 60))
+        for value, style, what in ((constant, ':', 'every λ at its mean'), (without_all, '--', 'all at the identity')):
+            ax.axhline(
+                value - top1, color=line.get_color(), linestyle=style, label=literal(f'{label}, {what}', 60))
     label_merges(ax, [list(ablation.merges) for ablation in models.values()])
     ax.set_ylabel('change of the top-1 accuracy, points')
+    widen(ax, 1)
     ax.set_title('Merges held constant after training; at the identity: λ = 1/n')
     ax.legend()
     return figure

@@ -1,5 +1,5 @@
 """How well the classes can be told apart by the mixing weights alone (section 4.4 and Fig. 10)."""
-from typing import Iterable, Mapping, Tuple
+from typing import Iterable, Mapping, Optional, Tuple
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -9,11 +9,12 @@ from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.metrics.pairwise import euclidean_distances
 from torch import Tensor
 
-from .observe import Batches
+from .figures import literal, widen
+from .observed import Batches
 
 __all__ = ['as_features', 'cumulative_match', 'reduce_pixels', 'plot_cumulative_matches']
 
-COMPONENTS = 30  # as in the paper
+COMPONENTS = 30  # the paper's number
 RANKS = 10
 PIXEL_BATCH = 256  # images, at least: enough for the principal components to settle
 
@@ -23,9 +24,6 @@ def as_features(lambdas: Mapping[str, Tensor]) -> np.ndarray:
 
     Args:
         lambdas: Name of the merge -> λ, (images, paths).
-
-    Returns:
-        (images, sum of paths - 1), float64.
     """
     return np.concatenate([value[:, :-1].double().numpy() for value in lambdas.values()], axis=1)
 
@@ -53,23 +51,19 @@ def cumulative_match(
         Percent of the test images for k from 1 on, (ranks,).
 
     Raises:
-        ValueError: There is one class only, no class has two images, all features are constant, or a class of the test
-            images has no training image.
+        ValueError: A class of the test images has no training image, there is one class only, no class has two images,
+            or all features are constant.
     """
     classes = np.unique(train_labels)
-    if not 2 <= len(classes) < len(train):
-        raise ValueError(f'LDA needs two classes or more, and more images than classes: there are {len(classes)} '
-                         f'classes in {len(train)} training images.')
     unknown = np.setdiff1d(test_labels, classes)
     if len(unknown):
         raise ValueError(f'There are no training images of class {unknown[0]}: take more of them.')
-    if not np.ptp(train, axis=0).any():
-        raise ValueError('LDA cannot tell the classes apart: the features are the same for every training image.')
+    if len(classes) < 2 or not np.ptp(train, axis=0).any():
+        raise ValueError('LDA needs two classes or more, and features that differ between training images.')
     pca = PCA(min(components, *train.shape), random_state=0).fit(train)
     # LDA scales to equal variance, rounding errors too
     kept = int((pca.explained_variance_ > 1e-12 * np.square(train).mean()).sum())
-    lda = LinearDiscriminantAnalysis(n_components=min(kept, len(classes) - 1))
-    lda.fit(pca.transform(train)[:, :kept], train_labels)
+    lda = LinearDiscriminantAnalysis().fit(pca.transform(train)[:, :kept], train_labels)
     distances = euclidean_distances(lda.transform(pca.transform(test)[:, :kept]), lda.transform(lda.means_))
     own = np.take_along_axis(distances, np.searchsorted(classes, test_labels)[:, None], axis=1)
     nearer = (distances < own).sum(1)
@@ -77,15 +71,10 @@ def cumulative_match(
 
 
 def reduce_pixels(train: Batches, test: Batches, components: int = COMPONENTS) -> Tuple[np.ndarray, np.ndarray]:
-    """Principal components of the images, the baseline of Fig. 10. One batch is in memory at a time.
+    """Principal components of the images of train and of test, (images, components) each: the baseline of Fig. 10.
 
     Args:
-        train: What the components are fitted on, without batches of fewer images than components. Iterated twice.
-        test: Reduced only.
-        components: Their number.
-
-    Returns:
-        Those of train and those of test, (images, components) each.
+        train: Images to fit on, without batches of fewer images than components. Iterated twice.
 
     Raises:
         ValueError: No batch has as many images as components.
@@ -103,18 +92,21 @@ def reduce_pixels(train: Batches, test: Batches, components: int = COMPONENTS) -
     return reduce(train), reduce(test)
 
 
-def plot_cumulative_matches(curves: Mapping[str, np.ndarray]) -> Figure:
+def plot_cumulative_matches(curves: Mapping[str, np.ndarray], colors: Optional[Mapping[str, str]] = None) -> Figure:
     """Draw cumulative match over rank.
 
     Args:
         curves: Label -> percent for the ranks from 1 on, as from `cumulative_match`.
+        colors: Label -> its colour.
     """
     figure = Figure(figsize=(8, 5), layout='constrained')
     ax = figure.subplots()
     for label, curve in curves.items():
-        ax.plot(range(1, len(curve) + 1), curve, marker='o', label=label)
+        ranks = range(1, len(curve) + 1)
+        ax.plot(ranks, curve, marker='o', color=(colors or {}).get(label), label=literal(label, 60))
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set_xlabel('rank k')
+    widen(ax, 1)
     ax.set_ylabel('the class is among the k nearest means, % of the images')
     ax.set_title('PCA + LDA and class means')
     ax.legend()

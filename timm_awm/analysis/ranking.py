@@ -1,14 +1,15 @@
 """Which images use their convolutions most, and which least (Fig. 7)."""
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Sequence, Set, Tuple
+from typing import Any, Dict, List, Mapping, Sequence, Tuple
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from .figures import LEAST_SPAN, literal
 from .inputs import ImageData
-from .observe import Observed
+from .observed import Observed
 
 __all__ = ['rank_images', 'plot_contact_sheet', 'save_ranking']
 
@@ -38,13 +39,15 @@ def save_ranking(folder: Path, label: str, seen: Observed, data: ImageData) -> D
     order, sums = rank_images(seen.lambdas)
     shown = min(SHOWN, len(order) // 2) or 1
     ends = dict(lowest=order[:shown].tolist(), highest=order[::-1][:shown].tolist())
-    images = _pick(data, {i for end in ends.values() for i in end})
+    every = enumerate(image for batch, _ in data.loader for image in batch)  # read again, as memory does not hold all
+    images = {i: image.clone() for i, image in every if i in {*ends['lowest'], *ends['highest']}}
     mean, std = (torch.tensor(data.config[name]).view(-1, 1, 1) for name in ('mean', 'std'))
     indices = data.indices(len(order))
     groups: Dict[str, List[Tuple[np.ndarray, str]]] = {}
     listed: Dict[str, List[Dict[str, Any]]] = {}
+    note = ' (all within 0.05: hardly a ranking)' if np.ptp(sums) < LEAST_SPAN else ''
     for title, end in ends.items():
-        group = groups[f'{label}: {title} sums of λ1'] = []
+        group = groups[f'{label}: {title} sums of λ1{note}'] = []
         entries = listed[title] = []
         for i in end:
             name = data.class_name(int(seen.labels[i])) if seen.labelled else None
@@ -66,23 +69,11 @@ def plot_contact_sheet(groups: Mapping[str, Sequence[Tuple[np.ndarray, str]]], c
     figure = Figure(figsize=(1.3 * columns, sum(1.75 * n + 0.5 for n in rows)), layout='constrained')
     parts = figure.subfigures(len(groups), 1, height_ratios=rows, squeeze=False)
     for part, count, (title, group) in zip(parts[:, 0], rows, groups.items()):
-        part.suptitle(title)
+        part.suptitle(literal(title, 100))
         axes = part.subplots(count, columns, squeeze=False).ravel()
         for ax in axes:
             ax.set_axis_off()
         for ax, (image, caption) in zip(axes, group):
             ax.imshow(image, cmap='gray', vmin=0, vmax=1)
-            ax.set_title(caption, fontsize=7)
+            ax.set_title('\n'.join(literal(line, 20, lines=2) for line in caption.splitlines()), fontsize=7)
     return figure
-
-
-def _pick(data: ImageData, positions: Set[int]) -> Dict[int, Tensor]:
-    """Images by their position, read again, since not all of them are kept in memory."""
-    images: Dict[int, Tensor] = {}
-    start = 0
-    for batch, _ in data.loader:
-        images.update({i: batch[i - start] for i in positions.intersection(range(start, start + len(batch)))})
-        start += len(batch)
-        if len(images) == len(positions):
-            break
-    return images

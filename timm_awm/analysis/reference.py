@@ -1,13 +1,14 @@
-"""What one image is compared with: mean and spread of λ over a data set, and over each of its classes."""
+"""The reference that one image is compared with: mean and spread of λ over a data set, and over each of its classes."""
 import json
 from pathlib import Path
 from typing import Any, Dict, Mapping, Optional
 
+import numpy as np
 import torch
 
 from ..hub.folder import REFERENCE
-from .observe import Observed
-from .profile import profile
+from .observed import Observed
+from .profile import Profile, profile_merges
 
 __all__ = ['read_reference', 'write_reference']
 
@@ -18,25 +19,23 @@ def write_reference(folder: Path, seen: Observed, data: str) -> None:
     """Writes lambda.json: {data, groups: {'all' or a class: {images, merges: {name: {mean, std}}}}}.
 
     Args:
-        folder: Where to write it.
-        seen: The images.
-        data: Names them.
+        data: Names the images.
     """
     masks = {ALL: torch.ones(len(seen.labels), dtype=torch.bool)}
     if seen.labelled:
         masks.update((str(label), seen.labels == label) for label in seen.labels.unique().tolist())
     groups = {}
     for key, mask in masks.items():
-        of_merges = profile({name: value[mask] for name, value in seen.lambdas.items()})
+        profiles = profile_merges({name: value[mask] for name, value in seen.lambdas.items()})
         groups[key] = dict(images=int(mask.sum()), merges={
-            name: {what: values.round(4).tolist() for what, values in found._asdict().items()}
-            for name, found in of_merges.items()})
+            name: dict(mean=mean.round(4).tolist(), std=std.round(4).tolist())
+            for name, (mean, std) in profiles.items()})
     text = json.dumps(dict(data=data, groups=groups), ensure_ascii=False)
-    (folder / REFERENCE).write_text(text, encoding='utf-8')
+    (folder / REFERENCE).write_text(text, encoding='utf-8', errors='replace')  # names of files need not be valid
 
 
 def read_reference(folder: Path, paths: Mapping[str, int]) -> Optional[Dict[str, Any]]:
-    """What `write_reference` wrote into a model's folder; None if there is nothing.
+    """Reads lambda.json in a model's folder, with a `Profile` for each merge; None if there is nothing.
 
     Args:
         folder: The model's folder.
@@ -52,9 +51,11 @@ def read_reference(folder: Path, paths: Mapping[str, int]) -> Optional[Dict[str,
         found = json.loads(path.read_text(encoding='utf-8'))
         found['data'], found['groups'][ALL]['images']
         for group in found['groups'].values():
-            for what in ('mean', 'std'):
-                if {name: len(values[what]) for name, values in group['merges'].items()} != paths:
-                    raise ValueError('it is of another model')
+            group['merges'] = {
+                name: Profile(*(np.array(values[what]) for what in Profile._fields))
+                for name, values in group['merges'].items()}
+            if any({name: len(values[i]) for name, values in group['merges'].items()} != paths for i in (0, 1)):
+                raise ValueError('it is of another model')
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f'{path} is not what timm-awm analyze writes: {error!r}') from error
     return found

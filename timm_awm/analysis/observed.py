@@ -13,7 +13,7 @@ Batches = Iterable[Tuple[Tensor, Tensor]]  # images, (batch, in_chans, height, w
 
 
 class Observed(NamedTuple):
-    """What `observe` saw, on the CPU, in the order of the images."""
+    """The findings of `observe`, on the CPU, in the order of the images."""
     lambdas: Dict[str, Tensor]  # name of the merge -> λ, (images, paths), in order of execution
     labels: Tensor  # (images,)
     predictions: Tensor  # (images,)
