@@ -118,7 +118,7 @@ def setting(args: Dict[str, Any]) -> str:
     period, merge_period = options.get('period', 3), options.get('merge_period')
     how = f't = {period}' + (f' and {merge_period}' if merge_period else '') if period else 'joint'
     changed = {key: value for key, value in options.items() if key in ('merge_lr_scale', 'merge_weight_decay')}
-    return ', '.join([how, *(f'`{key}={value}`' for key, value in changed.items())])  # of options that are gone
+    return ', '.join([how, *(f'`{key}={value}`' for key, value in changed.items())])
 
 
 def row(folder: Path) -> Dict[str, Any]:
@@ -220,6 +220,8 @@ def table(rows: List[Dict[str, Any]]) -> str:
     cells = []
     for (data, model, start, images, epochs), kinds in group(rows).items():
         for kind, runs in kinds.items():
+            if '`' in kind:  # options that are gone
+                continue
             first = next(iter(runs.values()))
             held_out = [100 - r['eval_top1'] for r in runs.values() if r['eval_split'] != 'test']
             cells.append((

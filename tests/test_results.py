@@ -26,30 +26,33 @@ CIFAR = os.environ.get('TIMM_AWM_CIFAR', '')
 
 
 def run_of(folder):
-    """The kept run that a published model is of."""
-    summary = (folder / 'summary.csv').read_bytes()
-    run, = (path.parent for path in HUB.glob('results/*/summary.csv') if path.read_bytes() == summary)
-    return run
+    """The kept run that a published model is of: its card links every epoch."""
+    return HUB / re.search(r'\(\.\./(results/\w+)/summary\.csv\)', (folder / 'README.md').read_text())[1]
 
 
-def test_csv_and_table_are_those_of_the_runs():
+def test_csv_and_tables_are_those_of_the_runs():
     rows = RESULTS['rows']()
     assert (HUB / 'results' / 'results.csv').read_text() == RESULTS['text'](rows)
-    assert RESULTS['table'](rows) in (HUB / 'README.md').read_text()
+    for readme, table in ((HUB, RESULTS['table'](rows)), (HUB.parent, RESULTS['summary'](rows))):
+        lines = (readme / 'README.md').read_text().splitlines()
+        assert [line for line in table.splitlines() if line not in lines] == []
 
 
-def test_tables_elsewhere_have_the_same_numbers():
+def test_speed_tables_are_those_of_the_benchmark():
+    """Each row of the two tables, cell by cell."""
     readme, speed = ((HUB.parent / name).read_text() for name in ('README.md', 'docs/speed.md'))
-    results, of_speed = readme.partition('## Results')[2].split('## Speed')
-    numbers = re.findall(r'[-+]?\d+\.\d\d(?: ± [\d.]+| \([^)]+\))?', results)
-    assert len(numbers) > 10 and not [n for n in numbers if f' {n} ' not in RESULTS['table'](RESULTS['rows']())]
     measured = {}
-    for line in csv.DictReader((HUB / 'benchmark-cpu-float32.csv').open()):
-        measured.setdefault(line['model'], []).append((float(line['ratio']), float(line['ratio_iqr'])))
-    for name in ('awm_resnet20_cifar', 'awm_resnet50', 'awm_densenet22_cifar', 'awm_densenet121'):
-        assert len(measured[name]) == 3  # both phases and inference
-        assert f'| {" | ".join(f"{ratio:.2f}" for ratio, _ in measured[name])} |\n' in of_speed
-        assert f'| {" | ".join(f"{ratio:.2f} ({iqr:.2f})" for ratio, iqr in measured[name])} |' in speed
+    for line in csv.DictReader((HUB / 'benchmark-cpu.csv').open()):
+        key = line['model'], line['amp'], line['batch_size']
+        measured.setdefault(key, []).append((float(line['ratio']), float(line['ratio_iqr'])))
+    rows = re.findall(r'^\| (awm_\w+), \d+ px, (float32|bfloat16), batch (\d+) \| (.*) \|$', speed, re.M)
+    assert len(rows) > 5
+    for name, dtype, batch, cells in rows:
+        own = measured[name, dtype.removeprefix('float32'), batch]
+        assert len(own) == 4  # joint, both phases, inference
+        assert cells.split(' | ')[:4] == [f'{ratio:.2f} ({iqr:.2f})' for ratio, iqr in own]
+        in_readme = re.findall(rf'^\| {name}, \d+ px, {dtype}, batch {batch} \| (.*) \|$', readme, re.M)
+        assert all(line.split(' | ') == [f'{ratio:.2f}' for ratio, _ in own] for line in in_readme)
 
 
 def test_a_line_is_what_train_py_and_validate_py_left():
@@ -61,18 +64,17 @@ def test_a_line_is_what_train_py_and_validate_py_left():
         # a resumed run has its header again, and may have an epoch twice
         by_epoch = {epoch['epoch']: epoch for epoch in csv.DictReader((run / 'summary.csv').open())}
         epochs = [by_epoch[str(epoch)] for epoch in range(args['epochs'])]
-        assert by_epoch.keys() - {str(epoch) for epoch in range(int(line['passes']))} <= {'epoch'}
+        assert by_epoch.keys() - {str(epoch) for epoch in range(int(line['epochs']))} <= {'epoch'}
         schedule = {key: args['opt_kwargs'][key] for key in ('period', 'merge_period') if key in args['opt_kwargs']}
         trained = PhaseSchedule(**schedule).phase if args['opt'] == 'alternating' else lambda epoch: 'backbone'
-        phases = [trained(epoch) for epoch in range(args['epochs'])]
-        assert int(line['backbone_passes']) == sum(phase != 'merge' for phase in phases)
-        assert int(line['merge_passes']) == sum(phase != 'backbone' for phase in phases)
+        assert int(line['backbone_epochs']) == sum(trained(epoch) != 'merge' for epoch in range(args['epochs']))
         assert float(line['eval_top1']) == float(epochs[-1]['eval_top1'])
         assert float(line['best_eval_top1']) == max(float(epoch['eval_top1']) for epoch in epochs)
         assert float(line['top1']) == json.loads((run / 'test.json').read_text())['top1']
         assert int(line['seed']) == args['seed'] and run.name.endswith(f's{args["seed"]}')
         # the test set decided nothing, and none of its images was trained on
-        assert (args['train_split'], line['eval_split']) in (('train[:45000]', 'train[45000:]'), ('train', 'test'))
+        assert line['eval_split'] == ('test' if args['train_split'] == 'train' else 'train[45000:]')
+        assert args['train_split'] in ('train', f'train[:{line["images"]}]')
 
 
 def test_a_kept_run_has_its_overrides_and_nothing_of_the_machine(tmp_path, monkeypatch):
@@ -96,24 +98,23 @@ def test_a_kept_run_has_its_overrides_and_nothing_of_the_machine(tmp_path, monke
         RESULTS['run'](run.name, [])
 
 
-def test_differences_and_their_intervals():
-    rows = [
-        dict(data='d', model='m', passes=6, backbone_passes=3, setting=how, top1_err=error, eval_top1=88,
-             eval_split='test' if how == 'joint' else 'train[45000:]', minutes=2, seed=seed, run=f'{how}_s{seed}')
-        for how, seed, error in (
-            ('plain', 0, 10.0), ('plain', 1, 10.4), ('plain', 2, 10.1), ('t = 3', 0, 9.7), ('t = 3', 1, 10.3),
-            ('joint', 0, 11.0))]
-    *_, plain, joint, third = RESULTS['table'](rows).splitlines()
-    a, b = np.array([9.7, 10.3]), np.array([10.0, 10.4, 10.1])
-    variances = np.array([a.var(ddof=1) / 2, b.var(ddof=1) / 3])
-    freedom = variances.sum() ** 2 / (variances ** 2 / [1, 2]).sum()  # Welch's
-    half = student.ppf(0.975, freedom) * np.sqrt(variances.sum())
-    difference = a.mean() - b.mean()
-    assert f'| {difference:+.2f} ({difference - half:+.2f} to {difference + half:+.2f}) |' in third
-    assert f'| {b.mean():.2f} ± {b.std(ddof=1):.2f} |  |' in plain
-    assert '| 1 |  | 11.00 | +0.83 |' in joint and '| 2 | 12.00 ± 0.00 |' in third
-    with pytest.raises(ValueError, match=r"\['joint_s0', 'again'\] some have the same seed"):
-        RESULTS['table']([*rows, dict(rows[-1], run='again')])
+def test_differences_are_paired_by_seed():
+    def runs(kind, *errors):
+        return [
+            dict(data='cifar10', model='awm_resnet20_cifar', start='', images=45000, epochs=6, backbone_epochs=6,
+                 setting=kind, top1_err=error, eval_top1=88, eval_split='train[45000:]', seed=seed, run=kind)
+            for seed, error in enumerate(errors)]
+
+    rows = [*runs('plain', 10.0, 10.4, 10.1), *runs('joint', 9.7, 10.3), *runs('SE', 11.0)]
+    *_, plain, se, joint = RESULTS['table'](rows).splitlines()
+    pairs = np.array([9.7 - 10.0, 10.3 - 10.4])
+    half = student.ppf(0.975, 1) * pairs.std(ddof=1) / 2 ** 0.5
+    interval = f'{pairs.mean():+.2f} ({pairs.mean() - half:+.2f} to {pairs.mean() + half:+.2f})'
+    assert f'| 2 | 12.00 ± 0.00 | 10.00 ± 0.42 | {interval} |' in joint
+    assert '| 1 | 12.00 | 11.00 | +1.00 |' in se and '| 3 | 12.00 ± 0.00 | 10.17 ± 0.21 |  |' in plain
+    assert f'| 6 | 2 | 10.17 ± 0.21 | 10.00 ± 0.42 | {interval} | 11.00, +1.00 |' in RESULTS['summary'](rows)
+    with pytest.raises(ValueError, match='have the same seed'):
+        RESULTS['table']([*rows, *runs('SE', 11.0)])
 
 
 @pytest.mark.parametrize('folder', FOLDERS, ids=lambda path: path.name)
@@ -121,7 +122,7 @@ def test_a_card_has_the_means_of_all_runs_of_its_kind(folder):
     card = ' '.join((folder / 'README.md').read_text().split())
     rows = RESULTS['rows']()
     own, = (row for row in rows if row['run'] == run_of(folder).name)
-    alike = [row for row in rows if all(row[key] == own[key] for key in ('data', 'model', 'passes'))]
+    alike = [row for row in rows if all(row[key] == own[key] for key in ('data', 'model', 'start', 'images', 'epochs'))]
     runs, plain = ([row['top1'] for row in alike if row['setting'] == setting] for setting in (own['setting'], 'plain'))
     numbers = {2: 'two', 3: 'three'}
     of_runs = ', one run,'
