@@ -134,7 +134,7 @@ def test_load_takes_no_pickles(hub, folder, tmp_path):
     torch.save(state_dict, pickled)
     repo = hub.create_repo('me/net', {**files(folder), pickled.name: pickled.read_bytes()})
     assert same(timm.create_model('hf-hub:me/net', pretrained=True), state_dict)
-    del repo.branches['main']['model.safetensors']  # timm would take the other
+    del repo.files['model.safetensors']  # timm would take the other
     with pytest.raises(EntryNotFoundError, match='model.safetensors'):
         timm.create_model('hf-hub:me/net', pretrained=True)
     assert not any('pytorch_model' in path for path in hub.requests)
@@ -281,9 +281,9 @@ def push(folder, repo_id, *flags):
     return main(['push', str(folder), repo_id, *flags])
 
 
-def is_published(hub, folder, repo_id='me/net', revision='main'):
+def is_published(hub, folder, repo_id='me/net'):
     """All of the folder or nothing of it, with its name in the card; whether all."""
-    published = dict(hub.repos[repo_id].branches[revision]) if repo_id in hub.repos else {}
+    published = dict(hub.repos[repo_id].files) if repo_id in hub.repos else {}
     published.pop('.gitattributes', None)
     if not published:
         return False
@@ -298,7 +298,7 @@ def test_push(hub, folder, capsys, monkeypatch):
     assert is_published(hub, folder) and hub.repos['me/net'].private and hub.repos['me/net'].commits == 1
     assert f'published: {hub.endpoint}/me/net/commit/' in capsys.readouterr().out
     assert same(timm.create_model('hf-hub:me/net', pretrained=True), load_folder(folder).state_dict())
-    assert push(folder, 'open', '--public') == 0
+    assert push(folder, 'me/open', '--public') == 0
     assert is_published(hub, folder, 'me/open') and not hub.repos['me/open'].private
 
 
@@ -307,26 +307,26 @@ def test_push_keeps_visibility_other_files_and_other_names(hub, folder, tmp_path
     own = changed(folder, tmp_path / NAME, **{'README.md': card.encode()})
     repo = hub.create_repo('me/net', {'notes.txt': b'mine', 'summary.csv': b'of earlier weights'})
     assert push(own, 'me/net') == 0
-    assert not repo.private and repo.commits == 1 and repo.branches['main'].pop('notes.txt') == b'mine'
+    assert not repo.private and repo.commits == 1 and repo.files.pop('notes.txt') == b'mine'
     assert is_published(hub, own)
 
 
 def test_push_keeps_an_edited_card(hub, folder, capsys):
     repo = hub.create_repo('me/net', {'README.md': b'edited', 'config.json': b'of earlier weights'})
     assert push(folder, 'me/net') == 0
-    assert repo.branches['main'] == {**files(folder), 'README.md': b'edited'}
+    assert repo.files == {**files(folder), 'README.md': b'edited'}
     assert 'me/net keeps its README.md' in capsys.readouterr().out
     assert push(folder, 'me/net', '--replace-card') == 0
     assert is_published(hub, folder)
 
 
 def test_push_with_a_space(hub, folder, tmp_path, capsys):
-    for name, flags in ('me/net', []), ('open', ['--public']):
+    for name, flags in ('me/net', []), ('me/open', ['--public']):
         assert push(folder, name, '--space', *flags) == 0
         assert 'Its Space: ' in capsys.readouterr().out
     for repo_id, private in ('me/net', True), ('me/open', False):
         assert hub.repos[f'spaces/{repo_id}'].private == private and is_published(hub, folder, repo_id)
-        space = hub.repos[f'spaces/{repo_id}'].branches['main']
+        space = hub.repos[f'spaces/{repo_id}'].files
         card = RepoCard(space['README.md'].decode())
         assert (card.data.sdk, card.data.app_file, card.data.models) == ('gradio', 'app.py', [repo_id])
         assert f"explore(['hf-hub:{repo_id}'], host='0.0.0.0')" in space['app.py'].decode()
@@ -342,20 +342,8 @@ def test_push_with_a_space(hub, folder, tmp_path, capsys):
     assert Path(done.stdout.strip()).parent == tmp_path / 'space' / 'timm_awm'
     space.update({'README.md': b'edited', 'timm_awm/gone.py': b'of an earlier version'})
     assert push(folder, 'me/open', '--space') == 0
-    space = hub.repos['spaces/me/open'].branches['main']
+    space = hub.repos['spaces/me/open'].files
     assert space['README.md'] == b'edited' and 'timm_awm/gone.py' not in space
-    for flags in ['--revision', 'next'], ['--create-pr']:
-        assert push(folder, 'me/other', '--space', *flags) == 1
-        assert 'A Space shows the main branch' in capsys.readouterr().err
-    assert 'me/other' not in hub.repos
-
-
-def test_push_to_a_branch_and_as_a_pull_request(hub, folder, capsys):
-    assert push(folder, 'me/net', '--revision', 'next') == 0
-    assert is_published(hub, folder, revision='next') and not is_published(hub, folder)
-    hub.create_repo('you/net')
-    assert push(folder, 'you/net', '--create-pr') == 0 and 'discussions/1' in capsys.readouterr().out
-    assert is_published(hub, folder, 'you/net', 'refs/pr/1') and not is_published(hub, folder, 'you/net')
 
 
 LOGIN, AGAIN = 'hf auth login', 'Try again'
@@ -365,7 +353,7 @@ LOGIN, AGAIN = 'hf auth login', 'Try again'
     ('me/net', ('/preupload/', 403), LOGIN), ('me/net', ('/commit/', 401), LOGIN), ('you/net', None, LOGIN),
     ('me/net', ('/commit/', 500), AGAIN), ('me/net', ('repos/create', 429), AGAIN), ('me/net', ('/commit/', 413), ''),
     ('me/net/x', None, "must be in the form 'repo_name' or 'namespace/repo_name'"),
-    ('me/my net', None, 'must use alphanumeric chars'),
+    ('me/my net', None, 'must use alphanumeric chars'), ('net', None, 'Name OWNER/net'),
 ])
 def test_push_refused(repo_id, fault, said, hub, folder, capsys):
     """It says what helps, and leaves nothing or all."""

@@ -27,9 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         '--label-names', type=Path, metavar='FILE',
         help='names of the classes, a line each (default: those of the data set, if it is at hand)')
     parser.add_argument(
-        '--dataset-id', metavar='ID', help="the data set's name on the Hub (default: that in args.yaml)")
-    parser.add_argument(
-        '--results', nargs='+', default=[], metavar='SPLIT=FILE', help='what validate.py wrote by --results-file')
+        '--results', type=_split_and_file, nargs='+', default=(), metavar='SPLIT=FILE',
+        help='what validate.py measured on a split, as it wrote it by --results-file')
 
 
 def run(args: argparse.Namespace) -> None:
@@ -42,14 +41,11 @@ def run(args: argparse.Namespace) -> None:
         tag=args.tag or args.folder.name.partition('.')[2] or None,
         license=args.license,
         label_names=args.label_names and args.label_names.read_text(encoding='utf-8-sig').splitlines(),
-        data_id=args.dataset_id,
-        results=dict(_split_and_file(text) for text in args.results),
+        results=dict(args.results),
     )
     print(f'{args.folder}: publish it with timm-awm push {args.folder} OWNER/{args.folder.resolve().name}')
 
 
 def _split_and_file(text: str) -> Tuple[str, Path]:
-    split, equals, file = text.partition('=')
-    if not equals:
-        raise ValueError(f'--results takes SPLIT=FILE, such as test=results.json, not {text!r}.')
+    split, file = text.split('=', 1)
     return split, Path(file)

@@ -23,7 +23,7 @@ SETTINGS = (
 
 
 class Measured(NamedTuple):
-    """Accuracies in percent, the split that they were measured on, and by which script."""
+    """Accuracies in percent, on which split, by which script."""
     split: str
     top1: float
     top5: float
@@ -31,15 +31,12 @@ class Measured(NamedTuple):
 
 
 def write_card(folder: Path, model: nn.Module, config: Mapping[str, Any], **run: Any) -> None:
-    """Writes the README.md of a Hub folder, of the name that the repository is to have.
+    """Writes the README.md of a Hub folder, of the name that the repository is to have, for its model and config.json.
 
     Args:
-        folder: The Hub folder.
-        model: The model in it.
-        config: Its config.json.
-        run: Facts about the run of train.py that it comes from, if it comes from one: public `args`; `data` and, if
-            that is on the Hub, `data_id`; `weights`, the file that they are from; `epoch` after which they were saved,
-            from 0; `measured`, a list; `best` top-1 accuracy of all epochs; `base_model` that it started from.
+        run: Facts about the run of train.py, if it comes from one: public `args`; `data` and, if that is on the Hub,
+            `data_id`; `weights`, the file that they are from; `epoch` after which they were saved, from 0; `measured`,
+            a list; `best` top-1 accuracy of all epochs; `base_model` that it started from.
     """
     args = run.get('args', {})
     unused = {'amp_dtype': not args.get('amp'), 'decay_milestones': args.get('sched') != 'multistep'}

@@ -28,7 +28,6 @@ def export_run(
         tag: Optional[str] = None,
         license: Optional[str] = None,
         label_names: Optional[LabelNames] = None,
-        data_id: Optional[str] = None,
         results: Optional[Mapping[str, Path]] = None,
 ) -> None:
     """Writes what train.py left of an AWM model as a folder for the Hub.
@@ -39,12 +38,10 @@ def export_run(
         checkpoint: 'last', 'best' (of the evaluated epochs), or a file.
         use_ema: Take the averaged weights, if the run has them. train.py evaluates these.
         tag: Names these weights, such as t3_c10.
-        license: Of these weights; if not given, that of timm's weights from which the run started, apache-2.0 if it
-            started from none, no licence if it started from a file.
-        label_names: As for `save_for_hub`; if not given, those of the data set, if it is at hand.
-        data_id: The data set's name on the Hub, if args.yaml does not say it.
-        results: For a split, such as 'test', what timm's validate.py measured there with --results-file. It stands in
-            place of what train.py measured on this split.
+        license: Of these weights (default: that of timm's weights from which the run started, apache-2.0 if it started
+            from none, no licence if it started from a file).
+        label_names: As for `save_for_hub` (default: those of the data set, if it is at hand).
+        results: What timm's validate.py wrote by --results-file, by split. It replaces what train.py measured there.
 
     Raises:
         FileExistsError: The folder exists.
@@ -72,7 +69,7 @@ def export_run(
             license = start.get('license') if start else 'apache-2.0'
         # without what a Hub folder, from which the run may have started, says of its own weights
         model.pretrained_cfg = {k: v for k, v in model.pretrained_cfg.items() if k not in ('source', 'label_names')}
-        data, found_id = data_name(args)
+        data, data_id = data_name(args)
         cfg = dict(
             resolve_input_data_config(model, args),
             paper_ids='arXiv:1811.06878',
@@ -99,7 +96,7 @@ def export_run(
             epoch=epoch,
             weights=path.name + (', averaged (EMA)' if is_ema else ''),
             data=data,
-            data_id=data_id or found_id,
+            data_id=data_id,
             measured=measured,
             best=max((float(row['eval_top1']) for row in rows.values() if row.get('eval_top1')), default=None),
             base_model=start.get('hf_hub_id'),

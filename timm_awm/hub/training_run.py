@@ -20,11 +20,8 @@ PRIVATE = 'private'  # stands for an address or a command
 
 
 class TrainingRun:
-    """A folder that train.py writes. Its properties are read from files: FileNotFoundError says that one is missing,
-    ValueError that it is damaged.
-
-    Args:
-        folder: The run's folder; it may not exist yet.
+    """A folder that train.py writes. Reading its properties raises FileNotFoundError if a file is missing, ValueError
+    if it is damaged.
     """
 
     def __init__(self, folder: Union[str, Path]) -> None:
@@ -43,8 +40,7 @@ class TrainingRun:
 
     @cached_property
     def summary(self) -> Dict[int, Dict[str, str]]:
-        """The rows of summary.csv by epoch. A resumed run has its header again and may have an epoch twice: the last
-        one counts."""
+        """The rows of summary.csv by epoch. A resumed run writes its header and maybe an epoch again: the last counts."""
         path = self.folder / 'summary.csv'
         try:
             with path.open(newline='', encoding='utf-8') as file:
@@ -54,28 +50,26 @@ class TrainingRun:
 
     def label_names(self, num_classes: int) -> Optional[List[str]]:
         """The names of the classes, or None if the data set is not at hand or does not tell them."""
-        dataset, args = str(self.args.get('dataset') or ''), self.args
+        args = self.args
+        dataset = str(args.get('dataset') or '')
         try:
             if dataset.startswith('hfds/'):  # timm's reader would fetch the data too
                 import datasets
                 builder = datasets.load_dataset_builder(dataset.removeprefix('hfds/'))
                 # files on disk that were not read before tell in their schema
                 features = builder.info.features or next(iter(builder.as_streaming_dataset().values())).features
-                index = {label: i for i, label in enumerate(features[args['target_key']].names)}
+                names = list(features[args['target_key']].names)
             else:
-                data: Any = create_dataset(
-                    dataset,
-                    root=args.get('data_dir') or args.get('data'),
-                    split=args.get('val_split') or 'validation',
-                    class_map=args.get('class_map') or '',
-                )
+                root, class_map = args.get('data_dir') or args.get('data'), args.get('class_map') or ''
+                data: Any = create_dataset(dataset, root=root, split=args['val_split'], class_map=class_map)
                 index = getattr(data, 'reader', data).class_to_idx  # torchvision's have no reader
-            if sorted(index.values()) != list(range(num_classes)):
+                names = sorted(index, key=index.__getitem__)
+            if len(names) != num_classes:
                 raise ValueError(f'it does not have {num_classes} classes')
         except Exception as error:  # readers of data that may be gone raise anything
             print(f'Label names: not known from the data set ({error!r}); --label-names gives them.')
             return None
-        return sorted(map(str, index), key=index.__getitem__)
+        return names
 
 
 def last_part(path: str) -> str:
