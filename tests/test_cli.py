@@ -37,9 +37,6 @@ def test_demo_trains_in_phases_saves_and_draws(tmp_path):
     assert tuple(model.pretrained_cfg['input_size']) == (1, 32, 32)
     assert any(m.weight2.any() for m in model.modules() if isinstance(m, MixingWeights))  # trained
     assert sorted(p.name for p in (output / 'hub').iterdir()) == ['README.md', 'config.json', 'model.safetensors']
-    checkpoint = torch.load(output / 'checkpoints' / 'last.pth.tar', weights_only=True)
-    assert all(torch.equal(v, model.state_dict()[k]) for k, v in checkpoint['state_dict'].items())
-
     picture = Image.open(output / 'lambda-profile.png').convert('RGB')
     assert picture.width > 800 and len(picture.getcolors(2 ** 24)) > 50
 
@@ -56,21 +53,18 @@ def test_demo_changes_nothing_on_an_error(tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.skipif(sys.platform == 'win32', reason='POSIX signals')
-@pytest.mark.parametrize('sent, code', [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_stopped_demo_leaves_nothing(tmp_path, sent, code):
-    output = tmp_path / 'out'
-    process = subprocess.Popen(
-        [COMMAND, 'demo', '--output', output], env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a job in the background would ignore it
-    while not list(tmp_path.glob('.out.*/out/checkpoints')):
+def test_a_stopped_demo_leaves_nothing(tmp_path):
+    process = subprocess.Popen([COMMAND, 'demo', '--output', tmp_path / 'out'], env=ENV, stderr=subprocess.DEVNULL)
+    while not list(tmp_path.glob('.out.*/out')):
         assert process.poll() is None
         time.sleep(.1)
-    process.send_signal(sent)
-    assert process.wait() == code
+    process.send_signal(signal.SIGTERM)
+    assert process.wait() == 143
     assert not list(tmp_path.iterdir())
 
 
-def test_demo_names_the_missing_extra(capsys, monkeypatch):
+def test_demo_names_the_missing_extra(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, 'sklearn.datasets', None)
     monkeypatch.delitem(sys.modules, 'timm_awm.demo', raising=False)
     monkeypatch.delattr(timm_awm, 'demo', raising=False)
