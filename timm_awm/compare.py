@@ -75,7 +75,7 @@ def run(models: Sequence[str], settings: Settings) -> None:
         settings.csv.parent.mkdir(parents=True, exist_ok=True)
         settings.csv.touch(exist_ok=False)
     torch.backends.cudnn.benchmark = True  # timm's scripts have it
-    print(_header(settings, device), flush=True)
+    print(_header(device), flush=True)
     rows: List[Dict[str, Any]] = []
     try:
         for group in groups:
@@ -212,7 +212,7 @@ def _row(contender: Contender, base: Contender, mode: str, batch_size: int, img_
         rounds=len(contender.seconds))
 
 
-def _header(settings: Settings, device: torch.device) -> str:
+def _header(device: torch.device) -> str:
     name = torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type
     kept = 'LD_PRELOAD', 'MALLOC_', 'OMP_', 'PYTORCH_ALLOC_CONF', 'PYTORCH_CUDA_ALLOC_CONF', 'TIMM_AWM_'
     environment = [f'{k}={v}' for k, v in sorted(os.environ.items()) if k.startswith(kept)]
@@ -220,5 +220,5 @@ def _header(settings: Settings, device: torch.device) -> str:
 versions: timm_awm {__version__}, timm {timm.__version__}, torch {torch.__version__}, Python {platform.python_version()}
 device: {name}; CPU with {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads
 environment: {' '.join(environment) or 'nothing that matters is set'}
-settings: {settings}; SGD with momentum and weight decay; seed {SEED}
+training: SGD with momentum and weight decay
 ms and ratio are medians; ratio: base / own time of the same round, above 1 is faster; IQR: its interquartile range'''

@@ -8,8 +8,8 @@ import yaml
 from timm.data import resolve_input_data_config
 
 from ..utils import new_folder
-from .card import Measured, write_card
-from .folder import NEEDS, LabelNames, torch_defaults, write_model
+from .card import Measured
+from .folder import NEEDS, LabelNames, torch_defaults, write_folder
 from .training_run import TrainingRun, data_name, last_part, read_checkpoint, read_results
 
 __all__ = ['export_run', 'public_args']
@@ -50,7 +50,7 @@ def export_run(
         ValueError: A file is damaged, or files do not fit together.
     """
     with new_folder(Path(folder)) as partial, torch_defaults():
-        trained = TrainingRun(run)
+        trained = TrainingRun(Path(run))
         args, rows = trained.args, trained.summary
         path = trained.folder / CHECKPOINTS[checkpoint] if checkpoint in CHECKPOINTS else Path(checkpoint)
         epoch, state_dict, is_ema = read_checkpoint(path, use_ema)
@@ -85,13 +85,14 @@ def export_run(
             measured.append(
                 Measured(split, float(row['eval_top1']), float(row['eval_top5']), f'train.py, epoch {epoch}'))
         public = public_args(args)
-        config = write_model(model, partial, None, cfg, label_names or trained.label_names(model.num_classes))
         (partial / 'args.yaml').write_text(yaml.safe_dump(public), encoding='utf-8')
         shutil.copyfile(trained.folder / 'summary.csv', partial / 'summary.csv')
-        write_card(
-            partial,
+        write_folder(
             model,
-            config,
+            partial,
+            {},
+            cfg,
+            label_names or trained.label_names(model.num_classes),
             args=public,
             epoch=epoch,
             weights=path.name + (', averaged (EMA)' if is_ema else ''),

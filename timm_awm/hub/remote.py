@@ -69,17 +69,8 @@ def push_space(repo_id: str, private: bool = True, replace_card: bool = False) -
     """Publishes the page of `timm-awm explore` for a model on the Hub, as a Space of the same name that holds the
     sources of this package.
 
-    Args:
-        repo_id: Owner/name of the model.
-        private: Visibility of a new Space. One of a private model needs a secret HF_TOKEN that may read it.
-        replace_card: Replace its README.md, which people may have edited.
-
-    Returns:
-        Address of the commit.
-
-    Raises:
-        ValueError: No Space can have this name.
-        RuntimeError: The Hub cannot be reached, or refuses.
+    Arguments, result and errors are those of `push`. The Space of a private model needs a secret HF_TOKEN that may
+    read it.
     """
     sources = [path for path in PACKAGE.rglob('*') if path.is_file() and '__pycache__' not in path.parts]
     files: Dict[str, Any] = {path.relative_to(PACKAGE.parent).as_posix(): path for path in sources}

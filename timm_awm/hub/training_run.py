@@ -3,9 +3,10 @@ import csv
 import json
 import os
 import re
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PureWindowsPath
-from typing import Any, Dict, List, Mapping, Optional, Tuple, Union
+from typing import Any, Dict, List, Mapping, Optional, Tuple
 
 import yaml
 from timm.data import create_dataset
@@ -19,13 +20,11 @@ __all__ = ['TrainingRun', 'data_name', 'last_part', 'read_checkpoint', 'read_res
 PRIVATE = 'private'  # stands for an address or a command
 
 
+@dataclass
 class TrainingRun:
-    """A folder that train.py writes. Reading its properties raises FileNotFoundError if a file is missing, ValueError
-    if it is damaged.
-    """
-
-    def __init__(self, folder: Union[str, Path]) -> None:
-        self.folder = Path(folder)
+    """A folder that train.py writes. Its properties raise FileNotFoundError if a file is missing, ValueError if it is
+    damaged."""
+    folder: Path
 
     @cached_property
     def args(self) -> Dict[str, Any]:
@@ -40,7 +39,7 @@ class TrainingRun:
 
     @cached_property
     def summary(self) -> Dict[int, Dict[str, str]]:
-        """The rows of summary.csv by epoch. A resumed run writes its header and maybe an epoch again: the last counts."""
+        """The rows of summary.csv by epoch. A resumed run writes its header, maybe an epoch again: the last counts."""
         path = self.folder / 'summary.csv'
         try:
             with path.open(newline='', encoding='utf-8') as file:
