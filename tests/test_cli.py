@@ -117,20 +117,19 @@ def test_models(capsys):
     header, *lines = capsys.readouterr().out.splitlines()
     assert {line.split()[0] for line in lines} == set(timm.list_models('awm_*')) - {'awm_converted'}
     assert len({len(line) for line in (header, *lines)}) == 1  # aligned
-    assert main(['models', 'resnet5*']) == 1
-    assert "No AWM model is called 'resnet5*'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize('name', [
-    'awm_resnet20_cifar', 'awm_densenet22_cifar', 'awm_resnet152d', 'awm_densenet121', 'awm_resnext50_32x4d'])
+    'awm_resnet20_cifar', 'awm_densenet22_cifar', 'awm_resnet26d', 'awm_densenet121', 'awm_resnext50_32x4d'])
 def test_the_table_of_models_counts_right(name, capsys):
-    assert main(['models', name]) == 0
+    assert main(['models']) == 0
     with torch.device('meta'):
         model = timm.create_model(name).eval()
         image = torch.empty(1, *model.pretrained_cfg['input_size'])
     with torch.inference_mode(), FlopCounterMode(display=False) as counter:
         model(image)
-    _, size, *counts, gmacs = capsys.readouterr().out.splitlines()[1].split()
+    rows = map(str.split, capsys.readouterr().out.splitlines())
+    size, *counts, gmacs = next(cells for listed, *cells in rows if listed == name)
     assert size == 'x'.join(map(str, image.shape[2:]))
     assert counts == [f'{n:,}' for n in count_parameters(model)]
     assert gmacs == f'{counter.get_total_flops() / 2e9:.3g}'
@@ -146,5 +145,3 @@ def test_recipes(capsys):
     assert listed['imagenet/awm_resnet50'].startswith('ResNet-50, ImageNet-1k, alternating (t = 1)')
     assert f'{folder}/NAME.yaml' in rest
     assert '  --opt adamw --model-kwargs awm=False --opt-kwargs   (finetune/awm_resnet50)\n' in rest
-    assert main(['recipes', 'imagnet/*']) == 1
-    assert "No recipe is called 'imagnet/*'" in capsys.readouterr().err

@@ -12,13 +12,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = 'Example: timm-awm export output/train/RUN awm_resnet20_cifar.t3_c10 --checkpoint best'
     parser.add_argument('run', type=Path, metavar='RUN', help="the run's folder")
     parser.add_argument(
-        'folder', type=Path, metavar='FOLDER', help='new folder, of the name that the repository is to have')
+        'folder', type=Path, metavar='FOLDER', help='new folder, of the name that the repository is to have: MODEL.TAG')
     parser.add_argument(
         '--checkpoint', default='last', metavar='last|best|FILE', help='which weights (default: %(default)s)')
     parser.add_argument(
         '--ema', action=argparse.BooleanOptionalAction, default=True,
         help='take averaged weights (default: yes, if there are any)')
-    parser.add_argument('--tag', help='tag of the weights, such as t3_c10 (default: what follows the dot in FOLDER)')
     parser.add_argument(
         '--license',
         help="licence of the weights (default: that of timm's weights that the run started from; apache-2.0 if it "
@@ -38,7 +37,7 @@ def run(args: argparse.Namespace) -> None:
         args.folder,
         checkpoint=args.checkpoint,
         use_ema=args.ema,
-        tag=args.tag or args.folder.name.partition('.')[2] or None,
+        tag=args.folder.name.partition('.')[2] or None,
         license=args.license,
         label_names=args.label_names and args.label_names.read_text(encoding='utf-8-sig').splitlines(),
         results=dict(args.results),
