@@ -294,22 +294,16 @@ def test_push(hub, folder, capsys, monkeypatch):
     assert is_published(hub, folder, 'me/open') and not hub.repos['me/open'].private
 
 
-def test_push_keeps_visibility_other_files_and_other_names(hub, folder, tmp_path):
+def test_push_keeps_visibility_other_files_and_what_people_wrote(hub, folder, tmp_path, capsys):
     card = (folder / 'README.md').read_text() + 'From hf-hub:timm/resnet50.a1_in1k and hf-hub:me/base.\n'
     own = changed(folder, tmp_path / NAME, **{'README.md': card.encode()})
-    repo = hub.create_repo('me/net', {'notes.txt': b'mine', 'summary.csv': b'of earlier weights'})
-    assert push(own, 'me/net') == 0
+    there = {'notes.txt': b'mine', 'README.md': b'edited', 'summary.csv': b'of earlier weights', 'config.json': b'{}'}
+    repo = hub.create_repo('me/net', there)
+    assert push(own, 'me/net') == 0 and 'me/net keeps its README.md' in capsys.readouterr().out
     assert not repo.private and repo.commits == 1 and repo.files.pop('notes.txt') == b'mine'
-    assert is_published(hub, own)
-
-
-def test_push_keeps_an_edited_card(hub, folder, capsys):
-    repo = hub.create_repo('me/net', {'README.md': b'edited', 'config.json': b'of earlier weights'})
-    assert push(folder, 'me/net') == 0
     assert repo.files == {**files(folder), 'README.md': b'edited'}
-    assert 'me/net keeps its README.md' in capsys.readouterr().out
-    assert push(folder, 'me/net', '--replace-card') == 0
-    assert is_published(hub, folder)
+    assert push(own, 'me/net', '--replace-card') == 0
+    assert is_published(hub, own)
 
 
 def test_push_with_a_space(hub, folder, capsys):
@@ -442,18 +436,6 @@ def test_export_of_a_run(run, tmp_path, capsys):
     assert f'{folder} exists already' in capsys.readouterr().err
 
 
-@pytest.mark.parametrize('flags, file, key, top1', [
-    (['--checkpoint', 'best'], 'model_best.pth.tar', 'state_dict_ema', 70.0),
-    (['--no-ema'], 'last.pth.tar', 'state_dict', None),  # summary.csv is about the averaged ones
-    (['--checkpoint', 'RUN/checkpoint-0.pth.tar'], 'checkpoint-0.pth.tar', 'state_dict_ema', 50.0),
-])
-def test_which_weights(flags, file, key, top1, run, tmp_path):
-    flags = [flag.replace('RUN', str(run)) for flag in flags]
-    assert main(['export', str(run), str(tmp_path / 'out'), *flags]) == 0
-    assert same(load_folder(tmp_path / 'out'), state(run, file, key))
-    assert accuracies(tmp_path / 'out') == ([] if top1 is None else [('validation', top1)])
-
-
 def change(run, **changes):
     """Changes arguments, in a file that an editor of Windows saves."""
     args = yaml.safe_load((run / 'args.yaml').read_text(encoding='utf-8-sig'))
@@ -467,17 +449,23 @@ def test_summary_of_a_resumed_run(run, tmp_path):
     assert accuracies(tmp_path / 'out') == [('validation', 65.0)]
 
 
-def test_only_results_of_the_same_weights(run, tmp_path):
-    elsewhere = tmp_path / 'last.pth.tar'
-    for i, checkpoint in enumerate((elsewhere, run / 'recovery-2-5.pth.tar')):
-        checkpoint.write_bytes((run / 'last.pth.tar').read_bytes())
-        export_run(run, tmp_path / str(i), checkpoint=str(checkpoint))
-        assert accuracies(tmp_path / str(i)) == []
-    change(run, model_ema_force_cpu=True)  # then train.py evaluates the others
-    export_run(run, tmp_path / 'averaged')
-    assert accuracies(tmp_path / 'averaged') == []
-    export_run(run, tmp_path / 'raw', use_ema=False)
-    assert accuracies(tmp_path / 'raw') == [('validation', 60.0)]
+@pytest.mark.parametrize('flags, force_cpu, file, key, top1', [
+    (['--checkpoint', 'best'], False, 'model_best', 'state_dict_ema', 70.0),
+    (['--checkpoint', 'run/checkpoint-0.pth.tar'], False, 'checkpoint-0', 'state_dict_ema', 50.0),
+    (['--no-ema'], False, 'last', 'state_dict', None),  # summary.csv is about the averaged ones,
+    (['--no-ema'], True, 'last', 'state_dict', 60.0),   # unless they are on the CPU
+    ([], True, 'last', 'state_dict_ema', None),
+    (['--checkpoint', 'run/recovery-2-5.pth.tar'], False, 'last', 'state_dict_ema', None),
+    (['--checkpoint', 'last.pth.tar'], False, 'last', 'state_dict_ema', None),  # may be of another run
+])
+def test_which_weights_and_only_their_results(flags, force_cpu, file, key, top1, run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for copy in run / 'recovery-2-5.pth.tar', tmp_path / 'last.pth.tar':
+        shutil.copyfile(run / 'last.pth.tar', copy)
+    change(run, model_ema_force_cpu=force_cpu)
+    assert main(['export', 'run', 'out', *flags]) == 0
+    assert same(load_folder('out'), state(run, f'{file}.pth.tar', key))
+    assert accuracies(tmp_path / 'out') == ([] if top1 is None else [('validation', top1)])
 
 
 @pytest.mark.parametrize('changes, given, expected', [

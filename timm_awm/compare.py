@@ -1,7 +1,6 @@
 """Time of models against their plain and SE controls, side by side in one process.
 
-Every round runs every contender once, in shuffled order, so that noise of the machine hits all alike. A ratio is the
-median over the rounds of base time / own time: above 1 is faster than the base.
+Every round runs every contender once, in shuffled order, so that noise of the machine hits all alike.
 """
 import csv
 import difflib

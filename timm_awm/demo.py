@@ -25,15 +25,12 @@ MEAN, STD = 0.305, 0.376  # of all pixels
 
 
 def run(output: Path, epochs: int = 12, period: int = 2) -> None:
-    """Train MODEL on scikit-learn's digits with alternating phases and leave all that comes of it in a folder.
+    """Train MODEL on scikit-learn's digits with alternating phases, leaving model and figure in a new folder.
 
     Args:
-        output: New folder, which appears when everything in it is complete.
+        output: New folder.
         epochs: Number of epochs, of both phases together.
         period: Epochs of a phase.
-
-    Raises:
-        FileExistsError: The folder exists.
     """
     with new_folder(output) as partial:
         _run(partial, epochs, period)
