@@ -8,7 +8,6 @@ import yaml
 from timm.data import resolve_input_data_config
 
 from ..utils import new_folder
-from .card import Measured
 from .folder import NEEDS, LabelNames, torch_defaults, write_folder
 from .training_run import TrainingRun, data_name, last_part, read_checkpoint, read_results
 
@@ -82,8 +81,8 @@ def export_run(
         of_epoch = path.parent.resolve() == trained.folder.resolve() and not path.name.startswith('recovery')
         row, split = rows.get(epoch, {}), args['val_split']
         if of_epoch and is_ema == evaluated_ema and row.get('eval_top1') and split not in (results or {}):
-            measured.append(
-                Measured(split, float(row['eval_top1']), float(row['eval_top5']), f'train.py, epoch {epoch}'))
+            top1, top5 = float(row['eval_top1']), float(row['eval_top5'])
+            measured.append(dict(split=split, top1=top1, top5=top5, source=f'train.py, epoch {epoch}'))
         public = public_args(args)
         (partial / 'args.yaml').write_text(yaml.safe_dump(public), encoding='utf-8')
         shutil.copyfile(trained.folder / 'summary.csv', partial / 'summary.csv')

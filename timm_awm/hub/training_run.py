@@ -13,8 +13,6 @@ from timm.data import create_dataset
 from timm.models import clean_state_dict
 from timm.utils import load_checkpoint_metadata
 
-from .card import Measured
-
 __all__ = ['TrainingRun', 'data_name', 'last_part', 'read_checkpoint', 'read_results']
 
 PRIVATE = 'private'  # stands for an address or a command
@@ -96,11 +94,11 @@ def read_checkpoint(path: Path, use_ema: bool) -> Tuple[int, Dict[str, Any], boo
         raise ValueError(f'{path} is damaged, or no checkpoint of train.py: {error}') from error
 
 
-def read_results(split: str, path: Path) -> Measured:
+def read_results(split: str, path: Path) -> Dict[str, Any]:
     """Accuracies that validate.py wrote about one model, as JSON or as CSV."""
     text = path.read_text(encoding='utf-8-sig')
     try:
         row, = [json.loads(text)] if text.startswith('{') else csv.DictReader(text.splitlines())
-        return Measured(split, float(row['top1']), float(row['top5']), 'validate.py')
+        return dict(split=split, top1=float(row['top1']), top5=float(row['top5']), source='validate.py')
     except (KeyError, ValueError) as error:
         raise ValueError(f'{path} is not what validate.py writes about one model: {error}') from error
