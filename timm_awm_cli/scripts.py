@@ -49,13 +49,13 @@ def find_script(name: str, given: Optional[str] = None) -> Path:
         say(f'takes {name}.py of timm {VERSION}, the newest that it was tested with, for timm {installed}')
     cache = Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache').expanduser()
     path = cache / 'timm_awm' / VERSION / f'{name}.py'
-    if not path.is_file() or not _is_published(path.read_bytes(), name):
+    if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != DIGESTS[name]:
         url = URL.format(version=VERSION, name=name)
         say(f'downloads {url}')
         try:
             with urlopen(url, timeout=60) as response:
                 content = response.read()
-            if not _is_published(content, name):
+            if hashlib.sha256(content).hexdigest() != DIGESTS[name]:
                 raise RuntimeError('its hash is not that of what timm published')
         except (OSError, RuntimeError, HTTPException) as error:
             raise RuntimeError(
@@ -66,10 +66,6 @@ def find_script(name: str, given: Optional[str] = None) -> Path:
         partial.write_bytes(content)
         partial.replace(path)
     return path
-
-
-def _is_published(content: bytes, name: str) -> bool:
-    return hashlib.sha256(content).hexdigest() == DIGESTS[name]
 
 
 def recipes() -> Dict[str, Path]:
