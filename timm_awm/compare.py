@@ -1,7 +1,6 @@
 """Time of models against their plain and SE controls, side by side in one process.
 
-Every round runs every contender once, in shuffled order, so that noise of the machine hits all alike. A ratio is the
-median over the rounds of base time / own time: above 1 is faster than the base.
+Every round runs every contender once, in shuffled order, so that noise of the machine hits all alike.
 """
 import csv
 import difflib
@@ -9,7 +8,6 @@ import gc
 import os
 import platform
 import random
-import re
 import shlex
 import sys
 import time
@@ -36,9 +34,6 @@ __all__ = ['Settings', 'run']
 SEED = 0
 WARMUP = 3  # steps of each contender that are not timed
 PHASES = {'joint': (0, 0), 'backbone': (1, 0), 'merge': (1, 1)}  # the period, and an epoch of the phase
-COLUMNS = (  # step_time is in ms
-    'model', 'phase', 'mode', 'batch_size', 'img_size', 'step_time', 'samples_per_sec', 'base', 'ratio', 'ratio_iqr',
-    'peak_mib', 'rounds')
 Models = Dict[str, Callable[..., Any]]  # functions that create them, by label; the base first
 
 
@@ -69,8 +64,6 @@ class Contender:
 def run(models: Sequence[str], settings: Settings) -> None:
     """Measure and print. An `awm_*` model brings its controls along; models named after it run with it.
 
-    If the run is interrupted, what has been measured is still printed and written.
-
     Raises:
         ValueError: A model is unknown, or the device cannot be used.
         OSError: The CSV file exists, or cannot be written.
@@ -81,14 +74,20 @@ def run(models: Sequence[str], settings: Settings) -> None:
         settings.csv.parent.mkdir(parents=True, exist_ok=True)
         settings.csv.touch(exist_ok=False)
     torch.backends.cudnn.benchmark = True  # timm's scripts have it
-    print(_header(settings, device), flush=True)
+    print(_header(device), flush=True)
+    rows: List[Dict[str, Any]] = []
     try:
         for group in groups:
             for mode in settings.modes:
                 for batch_size in settings.batch_sizes or (None,):
-                    _compare(group, mode, batch_size, settings, device)
-    finally:
-        if settings.csv and not settings.csv.stat().st_size:
+                    rows += _compare(group, mode, batch_size, settings, device)
+    finally:  # an error or an interruption loses only the rows of its group
+        if settings.csv and rows:
+            with settings.csv.open('w', newline='', encoding='utf-8') as file:
+                writer = csv.DictWriter(file, rows[0].keys())
+                writer.writeheader()
+                writer.writerows(rows)
+        elif settings.csv:
             settings.csv.unlink()
 
 
@@ -120,7 +119,10 @@ def with_controls(name: str) -> Models:
     return models
 
 
-def _compare(models: Models, mode: str, batch_size: Optional[int], settings: Settings, device: torch.device) -> None:
+def _compare(
+        models: Models, mode: str, batch_size: Optional[int], settings: Settings, device: torch.device,
+) -> List[Dict[str, Any]]:
+    """Rows of the table, which is printed too."""
     gc.collect()  # models of an earlier call
     torch.compiler.reset()
     torch.manual_seed(SEED)
@@ -140,24 +142,21 @@ def _compare(models: Models, mode: str, batch_size: Optional[int], settings: Set
         for phase in (PHASES if mode == 'train' and name.startswith('awm_') and 'awm=False' not in name else [''])]
     order = random.Random(SEED)
     synchronize = torch.cpu.synchronize if device.type == 'cpu' else partial(torch.accelerator.synchronize, device)
-    try:
-        for _ in tqdm(range(settings.repeats), desc=f'{label}, {mode}, batch {batch_size}', unit='round'):
-            for contender in order.sample(contenders, len(contenders)):
-                synchronize()
-                start = time.perf_counter()
-                contender.step()
-                synchronize()
-                contender.seconds.append(time.perf_counter() - start)
-    finally:
-        if all(contender.seconds for contender in contenders):
-            rows = [_row(contender, contenders[0], mode, batch_size, size) for contender in contenders]
-            _print_table(rows)
-            if settings.csv:
-                with settings.csv.open('a', newline='', encoding='utf-8') as file:
-                    writer = csv.DictWriter(file, COLUMNS)
-                    if not file.tell():
-                        writer.writeheader()
-                    writer.writerows(rows)
+    for _ in tqdm(range(settings.repeats), desc=f'{label}, {mode}, batch {batch_size}', unit='round'):
+        for contender in order.sample(contenders, len(contenders)):
+            synchronize()
+            start = time.perf_counter()
+            contender.step()
+            synchronize()
+            contender.seconds.append(time.perf_counter() - start)
+    rows = [_row(contender, contenders[0], mode, batch_size, size) for contender in contenders]
+    print('\n{mode}, batch {batch_size}, {img_size} px, {rounds} rounds, ratios to {base}:\n'.format_map(rows[0]))
+    print('| model | phase | ms | images/s | ratio | IQR | peak MiB |')
+    print('| --- | --- | ---: | ---: | ---: | ---: | ---: |')
+    for row in rows:
+        print('| {model} | {phase} | {step_time:.1f} | {samples_per_sec:.1f} | {ratio:.3f} | {ratio_iqr:.3f} | '
+              '{peak} |'.format(**row, peak=row['peak_mib'] or ''), flush=True)
+    return rows
 
 
 def make_contender(
@@ -203,39 +202,22 @@ def make_contender(
 
 
 def _row(contender: Contender, base: Contender, mode: str, batch_size: int, img_size: int) -> Dict[str, Any]:
-    """A contender's results, by `COLUMNS`."""
     seconds = float(np.median(contender.seconds))
     low, ratio, high = np.percentile(np.array(base.seconds) / contender.seconds, (25, 50, 75))
-    return dict(zip(COLUMNS, (
-        contender.label, contender.phase, mode, batch_size, img_size, round(1e3 * seconds, 3),
-        round(batch_size / seconds, 2), base.label, round(ratio, 4), round(high - low, 4), contender.peak_mib,
-        len(contender.seconds))))
+    return dict(
+        model=contender.label, phase=contender.phase, mode=mode, batch_size=batch_size, img_size=img_size,
+        step_time=round(1e3 * seconds, 3), samples_per_sec=round(batch_size / seconds, 2), base=base.label,
+        ratio=round(ratio, 4), ratio_iqr=round(high - low, 4), peak_mib=contender.peak_mib,
+        rounds=len(contender.seconds))
 
 
-def _print_table(rows: List[Dict[str, Any]]) -> None:
-    print('\n{mode}, batch {batch_size}, {img_size} px, {rounds} rounds, ratios to {base}:\n'.format_map(rows[0]))
-    print('| model | phase | ms | images/s | ratio | IQR | peak MiB |')
-    print('| --- | --- | ---: | ---: | ---: | ---: | ---: |')
-    for row in rows:
-        print('| {model} | {phase} | {step_time:.1f} | {samples_per_sec:.1f} | {ratio:.3f} | {ratio_iqr:.3f} | '
-              '{peak} |'.format(**row, peak=row['peak_mib'] or ''), flush=True)
-
-
-def _header(settings: Settings, device: torch.device) -> str:
+def _header(device: torch.device) -> str:
+    name = torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type
     kept = 'LD_PRELOAD', 'MALLOC_', 'OMP_', 'PYTORCH_ALLOC_CONF', 'PYTORCH_CUDA_ALLOC_CONF', 'TIMM_AWM_'
     environment = [f'{k}={v}' for k, v in sorted(os.environ.items()) if k.startswith(kept)]
     return f'''command: timm-awm {shlex.join(sys.argv[1:])}
 versions: timm_awm {__version__}, timm {timm.__version__}, torch {torch.__version__}, Python {platform.python_version()}
-device: {_device_name(device)}; {os.cpu_count()} CPU cores, {torch.get_num_threads()} threads
+device: {name}; CPU with {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads
 environment: {' '.join(environment) or 'nothing that matters is set'}
-settings: {settings}; SGD with momentum and weight decay; seed {SEED}
+training: SGD with momentum and weight decay
 ms and ratio are medians; ratio: base / own time of the same round, above 1 is faster; IQR: its interquartile range'''
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type != 'cpu':
-        get_name = getattr(torch.get_device_module(device), 'get_device_name', lambda device: device.type)
-        return get_name(device)
-    info = Path('/proc/cpuinfo')
-    name = re.search(r'^model name\s*: (.*)', info.read_text(encoding='utf-8'), re.M) if info.exists() else None
-    return name[1] if name else platform.processor() or platform.machine()

@@ -16,11 +16,8 @@ def find_device(name: Optional[str]) -> torch.device:
     Raises:
         ValueError: It cannot be used.
     """
-    if name is None:
-        accelerator = torch.accelerator.current_accelerator(check_available=True)
-        name = accelerator.type if accelerator else 'cpu'
     try:
-        return torch.empty(0, device=name).device
+        return torch.empty(0, device=name or torch.accelerator.current_accelerator(check_available=True)).device
     except (AssertionError, RuntimeError) as error:
         raise ValueError(f'Device {name!r} cannot be used here: {str(error).splitlines()[0]}') from error
 

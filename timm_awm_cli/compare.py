@@ -8,15 +8,15 @@ HELP = 'time models against their plain and SE controls, side by side (benchmark
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Times training steps (of an AWM model: jointly, and each phase by itself) and inference of a model against "
-        "timm's own plain and SE models, in shuffled order in one process, so that noise hits all alike. Tells peak "
+        "timm's own plain and SE models, in shuffled order in one process, so that noise hits all alike. Shows peak "
         "memory on accelerators. `timm-awm benchmark` runs timm's benchmark.py on one model.")
     parser.epilog = (
-        'Example: timm-awm compare awm_resnet50 --amp-dtype bfloat16 -b 4 32 --csv results.csv; '
-        'timm-awm compare resnet50 ecaresnet50d convnext_tiny --mode infer')
+        'Example: timm-awm compare awm_resnet50 --amp-dtype bfloat16 -b 4 32 --csv results.csv\n'
+        '         timm-awm compare resnet50 ecaresnet50d convnext_tiny --mode infer')
     parser.add_argument(
         'models', nargs='*', default=['awm_resnet20_cifar'], metavar='MODEL',
-        help='models of timm. An awm_* model brings its controls along; those named after it are compared with its '
-             'plain control too. Without an awm_* model the first one is the base (default: awm_resnet20_cifar)')
+        help='models of timm. An awm_* model brings its plain and SE controls along; models named after it run with '
+             'them. Without an awm_* model the first one is the base (default: awm_resnet20_cifar)')
     parser.add_argument(
         '--mode', choices=('train', 'infer', 'both'), default='both', help='what is timed (default: %(default)s)')
     parser.add_argument(

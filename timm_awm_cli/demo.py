@@ -15,7 +15,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--epochs', type=positive_int, default=12, help='number of epochs (default: %(default)s)')
     parser.add_argument(
         '--period', type=int, default=2, help='epochs of a phase, 0 for joint training (default: %(default)s)')
-    parser.add_argument('--seed', type=int, default=0, help='random seed (default: %(default)s)')
 
 
 def run(args: argparse.Namespace) -> None:
@@ -23,4 +22,4 @@ def run(args: argparse.Namespace) -> None:
         from timm_awm import demo
     except ModuleNotFoundError as error:
         raise RuntimeError(f'the demo needs {error.name}: pip install ".[demo]", as the README says') from error
-    demo.run(args.output, epochs=args.epochs, period=args.period, seed=args.seed)
+    demo.run(args.output, epochs=args.epochs, period=args.period)

@@ -12,13 +12,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = 'Example: timm-awm export output/train/RUN awm_resnet20_cifar.t3_c10 --checkpoint best'
     parser.add_argument('run', type=Path, metavar='RUN', help="the run's folder")
     parser.add_argument(
-        'folder', type=Path, metavar='FOLDER', help='new folder, of the name that the repository is to have')
+        'folder', type=Path, metavar='FOLDER', help='new folder, of the name that the repository is to have: MODEL.TAG')
     parser.add_argument(
         '--checkpoint', default='last', metavar='last|best|FILE', help='which weights (default: %(default)s)')
     parser.add_argument(
         '--ema', action=argparse.BooleanOptionalAction, default=True,
         help='take averaged weights (default: yes, if there are any)')
-    parser.add_argument('--tag', help='tag of the weights, such as t3_c10 (default: what follows the dot in FOLDER)')
     parser.add_argument(
         '--license',
         help="licence of the weights (default: that of timm's weights that the run started from; apache-2.0 if it "
@@ -27,9 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         '--label-names', type=Path, metavar='FILE',
         help='names of the classes, a line each (default: those of the data set, if it is at hand)')
     parser.add_argument(
-        '--dataset-id', metavar='ID', help="the data set's name on the Hub (default: that in args.yaml)")
-    parser.add_argument(
-        '--results', nargs='+', default=[], metavar='SPLIT=FILE', help='what validate.py wrote by --results-file')
+        '--results', type=_split_and_file, nargs='+', default=(), metavar='SPLIT=FILE',
+        help='what validate.py measured on a split, as it wrote it by --results-file')
 
 
 def run(args: argparse.Namespace) -> None:
@@ -39,17 +37,14 @@ def run(args: argparse.Namespace) -> None:
         args.folder,
         checkpoint=args.checkpoint,
         use_ema=args.ema,
-        tag=args.tag or args.folder.name.partition('.')[2] or None,
+        tag=args.folder.name.partition('.')[2] or None,
         license=args.license,
         label_names=args.label_names and args.label_names.read_text(encoding='utf-8-sig').splitlines(),
-        data_id=args.dataset_id,
-        results=dict(_split_and_file(text) for text in args.results),
+        results=dict(args.results),
     )
     print(f'{args.folder}: publish it with timm-awm push {args.folder} OWNER/{args.folder.resolve().name}')
 
 
 def _split_and_file(text: str) -> Tuple[str, Path]:
-    split, equals, file = text.partition('=')
-    if not equals:
-        raise ValueError(f'--results takes SPLIT=FILE, such as test=results.json, not {text!r}.')
+    split, file = text.split('=', 1)
     return split, Path(file)

@@ -9,9 +9,10 @@ import importlib
 import os
 import signal
 import sys
+import textwrap
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, List, NoReturn, Optional
+from typing import List, Optional
 
 __all__ = ['main']
 
@@ -22,33 +23,12 @@ COMMANDS = dict(
 
 def main(args: Optional[List[str]] = None) -> int:
     """Run the command; returns its exit status."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a command cleans up behind itself
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, 'reconfigure'):  # a console that is not UTF-8 must not end a run of hours
             stream.reconfigure(errors='backslashreplace')
     # read with torch: threads that wait by spinning make networks several times slower beside other work
     os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
-    parser, modules = _parser()
-    parsed, rest = parser.parse_known_args(args)
-    module = modules[parsed.command]
-    if getattr(module, 'TAKES_REST', False):
-        parsed.rest = rest[1:] if rest[:1] == ['--'] else rest
-    elif rest:
-        parser.error(f'unrecognized arguments: {" ".join(rest)}')
-    previous_handler = signal.signal(signal.SIGTERM, _terminate)  # so that a command cleans up behind itself
-    try:
-        module.run(parsed)
-    except KeyboardInterrupt:
-        print('Interrupted.', file=sys.stderr)
-        return 130
-    except (OSError, OverflowError, RuntimeError, ValueError) as error:
-        print(f'timm-awm: {error}', file=sys.stderr)
-        return 1
-    finally:
-        signal.signal(signal.SIGTERM, previous_handler)
-    return 0
-
-
-def _parser() -> Any:
     parser = argparse.ArgumentParser(
         prog='timm-awm', description='Active weighted mapping (AWM) for timm.', epilog='Example: timm-awm demo')
     try:
@@ -59,14 +39,26 @@ def _parser() -> Any:
     commands = parser.add_subparsers(metavar='command', dest='command', required=True)
     modules = {name: importlib.import_module(f'.{file}', __package__) for name, file in COMMANDS.items()}
     for name, module in modules.items():
-        takes_rest = getattr(module, 'TAKES_REST', False)
-        module.add_arguments(commands.add_parser(
-            name, help=module.HELP.format(name=name), allow_abbrev=not takes_rest))
-    return parser, modules
-
-
-def _terminate(*_: Any) -> NoReturn:
-    sys.exit(143)
+        command = commands.add_parser(
+            name, help=module.HELP.format(name=name), allow_abbrev=not hasattr(module, 'TAKES_REST'),
+            formatter_class=argparse.RawDescriptionHelpFormatter)  # keeps examples in lines that can be copied
+        module.add_arguments(command)
+        command.description = textwrap.fill(command.description or '', 79)
+    parsed, rest = parser.parse_known_args(args)
+    module = modules[parsed.command]
+    if hasattr(module, 'TAKES_REST'):
+        parsed.rest = rest[1:] if rest[:1] == ['--'] else rest
+    elif rest:
+        parser.error(f'unrecognized arguments: {" ".join(rest)}')
+    try:
+        module.run(parsed)
+    except KeyboardInterrupt:
+        print('Interrupted.', file=sys.stderr)
+        return 130
+    except (OSError, OverflowError, RuntimeError, ValueError) as error:
+        print(f'timm-awm: {error}', file=sys.stderr)
+        return 1
+    return 0
 
 
 def positive_int(text: str) -> int:

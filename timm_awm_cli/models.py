@@ -1,4 +1,6 @@
 import argparse
+import csv
+from pathlib import Path
 
 HELP = 'list the models'
 
@@ -7,20 +9,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         'Lists the models: size of the images in px, parameters, how many of them are in merges, and number of merges. '
         'GMACs are those of the multiplications in convolutions and matrices, for one image.')
-    parser.epilog = "Example: timm-awm models '*_cifar'"
-    parser.add_argument('pattern', nargs='?', default='*', help='wildcard for names (default: all)')
+    parser.epilog = 'Example: timm-awm models | grep cifar'
 
 
 def run(args: argparse.Namespace) -> None:
-    import csv
-    import fnmatch
-    from pathlib import Path
-
     with Path(__file__).with_name('models.csv').open(encoding='utf-8') as file:  # counting takes half a minute
         header, *rows = csv.reader(file)
-    rows = [row for row in rows if fnmatch.fnmatch(row[0], args.pattern)]
-    if not rows:
-        raise ValueError(f'No AWM model is called {args.pattern!r}; without a pattern all are listed.')
     rows = [[cell if not cell.isdigit() else f'{int(cell):,}' for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(header, *rows)]
     for name, *cells in (header, *rows):

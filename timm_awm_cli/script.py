@@ -25,20 +25,18 @@ def add_arguments(parser: ArgumentParser) -> None:
 def describe(parser: ArgumentParser, name: str, example: str) -> None:
     parser.description = (
         f"Runs timm's own {name}.py, unmodified, with timm_awm loaded, and on the CPU if there is no GPU. All other "
-        f'arguments are those of {name}.py: timm-awm {name} -- --help shows them.')
-    parser.epilog = f'Example: {example}'
+        f'arguments are those of {name}.py.')
+    parser.epilog = f'Example: {example}\nAll arguments: timm-awm {name} -- --help'
     parser.add_argument(
         '--script', metavar='FILE',
-        help=f"timm's {name}.py or its folder (default: from TIMM_TRAIN_SCRIPT, the working directory or the cache, or "
-             'downloaded)')
+        help=f"timm's {name}.py or its folder (default: TIMM_TRAIN_SCRIPT, else downloaded once)")
 
 
 def given_flags(args: Sequence[str], *dicts: str) -> Dict[str, Any]:
     """The flags among a script's arguments that decide what is added to them, and those that take NAME=VALUE."""
     parser = ArgumentParser(add_help=False, allow_abbrev=False, argument_default=SUPPRESS)
-    single = 'dataset', 'data-dir', 'train-split', 'val-split', 'class-map', 'num-classes', 'device', 'start-epoch'
-    for flag in single:
-        parser.add_argument(f'--{flag}')
+    for name in 'dataset', 'data-dir', 'train-split', 'val-split', 'class-map', 'num-classes', 'device', 'start-epoch':
+        parser.add_argument(f'--{name}')
     parser.add_argument('-j', '--workers')
     for name in dicts:
         parser.add_argument(f'--{name.replace("_", "-")}', nargs='*')

@@ -25,49 +25,37 @@ URL = 'https://raw.githubusercontent.com/huggingface/pytorch-image-models/v{vers
 
 
 def find_script(name: str, given: Optional[str] = None) -> Path:
-    """A script of timm ('train', 'validate' or 'benchmark'): as given, beside TIMM_TRAIN_SCRIPT, in the working
-    directory, or downloaded to `timm_awm` in XDG_CACHE_HOME (default: ~/.cache).
+    """A script of timm ('train', 'validate' or 'benchmark'): as given, TIMM_TRAIN_SCRIPT or beside it, or downloaded to
+    `timm_awm` in XDG_CACHE_HOME (default: ~/.cache).
 
     Raises:
         FileNotFoundError: The given path, or that of TIMM_TRAIN_SCRIPT, does not exist.
         RuntimeError: The download failed, or is not what timm published.
     """
-    if given:
-        return _script_at(given, name, '--script')
-    folders = [Path()]
-    if train := os.environ.get('TIMM_TRAIN_SCRIPT'):
-        path = _script_at(train, 'train', 'TIMM_TRAIN_SCRIPT')
-        if name == 'train':
+    source = '--script' if given else 'TIMM_TRAIN_SCRIPT'
+    if named := given or os.environ.get(source):
+        path = Path(named)
+        if path.is_dir():
+            path /= f'{name}.py'
+        elif not given and name != 'train':
+            path = path.with_name(f'{name}.py')
+        if path.is_file():
             return path
-        folders.insert(0, path.parent)
-    for path in (folder / f'{name}.py' for folder in folders):
-        # the author of timm's scripts
-        if path.is_file() and 'Ross Wightman' in path.read_text(encoding='utf-8', errors='replace'):
-            return path
-    return _cached_script(name)
-
-
-def _script_at(given: str, name: str, source: str) -> Path:
-    path = Path(given, f'{name}.py') if Path(given).is_dir() else Path(given)
-    if not path.is_file():
-        raise FileNotFoundError(
-            f'{source} leads to {str(path)!r}, which is no file; name {name}.py in a clone of timm, or the clone.')
-    return path
-
-
-def _cached_script(name: str) -> Path:
+        if given or name == 'train':
+            raise FileNotFoundError(
+                f'{source} leads to {str(path)!r}, which is no file; name {name}.py in a clone of timm, or the clone.')
     installed = version('timm')
     if installed != VERSION:
         say(f'takes {name}.py of timm {VERSION}, the newest that it was tested with, for timm {installed}')
     cache = Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache').expanduser()
     path = cache / 'timm_awm' / VERSION / f'{name}.py'
-    if not path.is_file() or not _is_published(path.read_bytes(), name):
+    if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != DIGESTS[name]:
         url = URL.format(version=VERSION, name=name)
         say(f'downloads {url}')
         try:
             with urlopen(url, timeout=60) as response:
                 content = response.read()
-            if not _is_published(content, name):
+            if hashlib.sha256(content).hexdigest() != DIGESTS[name]:
                 raise RuntimeError('its hash is not that of what timm published')
         except (OSError, RuntimeError, HTTPException) as error:
             raise RuntimeError(
@@ -78,10 +66,6 @@ def _cached_script(name: str) -> Path:
         partial.write_bytes(content)
         partial.replace(path)
     return path
-
-
-def _is_published(content: bytes, name: str) -> bool:
-    return hashlib.sha256(content).hexdigest() == DIGESTS[name]
 
 
 def recipes() -> Dict[str, Path]:

@@ -20,21 +20,19 @@ SPLITS = dict(train_split=('train', 'training'), val_split=('validation', 'val',
 
 def add_arguments(parser: ArgumentParser) -> None:
     describe(
-        parser, 'train',
-        'timm-awm train -c cifar10/awm_resnet20_cifar --epochs 24 --decay-milestones 11 18; with pictures of your own, '
-        'in folders train/CLASS and validation/CLASS: timm-awm train -c finetune/awm_resnet50 --data-dir FOLDER; with '
-        'several processes: torchrun --nproc_per_node=2 -m timm_awm train -c ...')
+        parser, 'train', 'timm-awm train -c cifar10/awm_resnet20_cifar --epochs 24 --decay-milestones 11 18\n'
+        'Pictures of your own, in FOLDER/train/CLASS and FOLDER/validation/CLASS:\n'
+        '  timm-awm train -c finetune/awm_resnet50 --data-dir FOLDER\n'
+        'Several processes: torchrun --nproc_per_node=2 -m timm_awm train -c RECIPE')
     parser.add_argument(
         '-c', '--config', metavar='FILE',
-        help='a YAML file, or a recipe (timm-awm recipes). With --data-dir what it says of its data (dataset, keys, '
-             'splits, number of classes) is left out, and the classes in the folder are counted; --dataset replaces '
-             'the name of the data set alone')
+        help='a YAML file, or a recipe (timm-awm recipes). --data-dir replaces all that it says of its data, and the '
+             'classes in the folder are counted; --dataset replaces the name of the data set alone')
     parser.add_argument('--output', metavar='DIR', help='folder for runs (default: output/train)')
     parser.add_argument('--experiment', metavar='NAME', help="name of the run's folder in it (default: time and model)")
     parser.add_argument(
         '--resume', metavar='FILE',
-        help="a checkpoint, or 'auto' for the newest undamaged one of the experiment, if any: the same command then "
-             'starts a run and continues it')
+        help="a checkpoint, or 'auto' for the newest undamaged one of the experiment, if any")
     parser.add_argument('--device-modules', nargs='+', metavar='NAME', help='modules to import besides timm_awm')
 
 

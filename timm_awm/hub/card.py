@@ -1,7 +1,7 @@
 """The model card of a Hub folder."""
 from importlib.metadata import PackageNotFoundError, metadata
 from pathlib import Path
-from typing import Any, Mapping, NamedTuple
+from typing import Any, Mapping
 
 import timm
 import torch
@@ -11,7 +11,7 @@ from torch import nn
 from .. import __version__
 from ..layers import count_parameters
 
-__all__ = ['CARD', 'OWNER', 'Measured', 'write_card']
+__all__ = ['CARD', 'OWNER', 'write_card']
 
 CARD = 'README.md'
 TEMPLATE = Path(__file__).with_name('card.md')
@@ -22,24 +22,14 @@ SETTINGS = (
     'mixup', 'cutmix', 'smoothing', 'drop', 'drop_path', 'model_ema', 'amp', 'amp_dtype', 'seed')
 
 
-class Measured(NamedTuple):
-    """Accuracies in percent, the split that they were measured on, and by which script."""
-    split: str
-    top1: float
-    top5: float
-    source: str
-
-
 def write_card(folder: Path, model: nn.Module, config: Mapping[str, Any], **run: Any) -> None:
-    """Writes the README.md of a Hub folder, of the name that the repository is to have.
+    """Writes the README.md of a Hub folder, of the name that the repository is to have, for its model and config.json.
 
     Args:
-        folder: The Hub folder.
-        model: The model in it.
-        config: Its config.json.
-        run: Facts about the run of train.py that it comes from, if it comes from one: public `args`; `data` and, if
-            that is on the Hub, `data_id`; `weights`, the file that they are from; `epoch` after which they were saved,
-            from 0; `measured`, a list; `best` top-1 accuracy of all epochs; `base_model` that it started from.
+        run: Facts about the run of train.py, if it comes from one: public `args`; `data` and, if that is on the Hub,
+            `data_id`; `weights`, the file that they are from; `epoch` after which they were saved, from 0; `measured`,
+            dicts of a `split`, its `top1` and `top5` in percent and the `source`, a script; `best` top-1 accuracy of
+            all epochs; `base_model` that it started from.
     """
     args = run.get('args', {})
     unused = {'amp_dtype': not args.get('amp'), 'decay_milestones': args.get('sched') != 'multistep'}
@@ -58,10 +48,10 @@ def write_card(folder: Path, model: nn.Module, config: Mapping[str, Any], **run:
                 task_type='image-classification',
                 dataset_type=data_id or run['data'],
                 dataset_name=run['data'],
-                dataset_split=m.split,
+                dataset_split=m['split'],
                 metric_type='accuracy',
                 metric_name='Top-1 accuracy, %',
-                metric_value=round(m.top1, 2),
+                metric_value=round(m['top1'], 2),
             ) for m in measured] if measured else None,
     )
     ModelCard.from_template(

@@ -8,8 +8,7 @@ import yaml
 from timm.data import resolve_input_data_config
 
 from ..utils import new_folder
-from .card import Measured, write_card
-from .folder import NEEDS, LabelNames, torch_defaults, write_model
+from .folder import NEEDS, LabelNames, torch_defaults, write_folder
 from .training_run import TrainingRun, data_name, last_part, read_checkpoint, read_results
 
 __all__ = ['export_run', 'public_args']
@@ -28,7 +27,6 @@ def export_run(
         tag: Optional[str] = None,
         license: Optional[str] = None,
         label_names: Optional[LabelNames] = None,
-        data_id: Optional[str] = None,
         results: Optional[Mapping[str, Path]] = None,
 ) -> None:
     """Writes what train.py left of an AWM model as a folder for the Hub.
@@ -39,12 +37,10 @@ def export_run(
         checkpoint: 'last', 'best' (of the evaluated epochs), or a file.
         use_ema: Take the averaged weights, if the run has them. train.py evaluates these.
         tag: Names these weights, such as t3_c10.
-        license: Of these weights; if not given, that of timm's weights from which the run started, apache-2.0 if it
-            started from none, no licence if it started from a file.
-        label_names: As for `save_for_hub`; if not given, those of the data set, if it is at hand.
-        data_id: The data set's name on the Hub, if args.yaml does not say it.
-        results: For a split, such as 'test', what timm's validate.py measured there with --results-file. It stands in
-            place of what train.py measured on this split.
+        license: Of these weights (default: that of timm's weights from which the run started, apache-2.0 if it started
+            from none, no licence if it started from a file).
+        label_names: As for `save_for_hub` (default: those of the data set, if it is at hand).
+        results: What timm's validate.py wrote by --results-file, by split. It replaces what train.py measured there.
 
     Raises:
         FileExistsError: The folder exists.
@@ -53,7 +49,7 @@ def export_run(
         ValueError: A file is damaged, or files do not fit together.
     """
     with new_folder(Path(folder)) as partial, torch_defaults():
-        trained = TrainingRun(run)
+        trained = TrainingRun(Path(run))
         args, rows = trained.args, trained.summary
         path = trained.folder / CHECKPOINTS[checkpoint] if checkpoint in CHECKPOINTS else Path(checkpoint)
         epoch, state_dict, is_ema = read_checkpoint(path, use_ema)
@@ -72,7 +68,7 @@ def export_run(
             license = start.get('license') if start else 'apache-2.0'
         # without what a Hub folder, from which the run may have started, says of its own weights
         model.pretrained_cfg = {k: v for k, v in model.pretrained_cfg.items() if k not in ('source', 'label_names')}
-        data, found_id = data_name(args)
+        data, data_id = data_name(args)
         cfg = dict(
             resolve_input_data_config(model, args),
             paper_ids='arXiv:1811.06878',
@@ -85,21 +81,22 @@ def export_run(
         of_epoch = path.parent.resolve() == trained.folder.resolve() and not path.name.startswith('recovery')
         row, split = rows.get(epoch, {}), args['val_split']
         if of_epoch and is_ema == evaluated_ema and row.get('eval_top1') and split not in (results or {}):
-            measured.append(
-                Measured(split, float(row['eval_top1']), float(row['eval_top5']), f'train.py, epoch {epoch}'))
+            top1, top5 = float(row['eval_top1']), float(row['eval_top5'])
+            measured.append(dict(split=split, top1=top1, top5=top5, source=f'train.py, epoch {epoch}'))
         public = public_args(args)
-        config = write_model(model, partial, None, cfg, label_names or trained.label_names(model.num_classes))
         (partial / 'args.yaml').write_text(yaml.safe_dump(public), encoding='utf-8')
         shutil.copyfile(trained.folder / 'summary.csv', partial / 'summary.csv')
-        write_card(
-            partial,
+        write_folder(
             model,
-            config,
+            partial,
+            {},
+            cfg,
+            label_names or trained.label_names(model.num_classes),
             args=public,
             epoch=epoch,
             weights=path.name + (', averaged (EMA)' if is_ema else ''),
             data=data,
-            data_id=data_id or found_id,
+            data_id=data_id,
             measured=measured,
             best=max((float(row['eval_top1']) for row in rows.values() if row.get('eval_top1')), default=None),
             base_model=start.get('hf_hub_id'),

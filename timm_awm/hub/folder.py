@@ -5,7 +5,7 @@ import json
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Union
+from typing import Any, Iterator, List, Mapping, Optional, Sequence, Union
 
 import timm
 import torch
@@ -18,7 +18,7 @@ from ..models.checkpoint import SAFETENSORS
 from ..utils import new_folder
 from .card import write_card
 
-__all__ = ['CONFIG', 'NEEDS', 'REFERENCE', 'LabelNames', 'class_names', 'load_folder', 'save_for_hub', 'write_model']
+__all__ = ['CONFIG', 'NEEDS', 'REFERENCE', 'LabelNames', 'class_names', 'load_folder', 'save_for_hub', 'write_folder']
 
 CONFIG = 'config.json'
 REFERENCE = 'lambda.json'  # written by timm_awm.analysis.reference
@@ -45,27 +45,27 @@ def save_for_hub(
         model: An AWM model or a plain control that timm created or `timm_awm.convert` changed; it stays as it is.
         folder: New folder.
         model_args: Arguments that build the model again, beside those that it was created with, which timm records.
-        pretrained_cfg: What is true of these weights: tag, license, description, and the mean, std, input_size, ...
-            that they were trained with, if they are not those of the model's own `pretrained_cfg`. Unless stated, a
-            model from a Hub folder keeps what that says.
-        label_names: Of the classes, in order, or by index; if not given, those of the model's `pretrained_cfg`.
+        pretrained_cfg: Facts about these weights that the model's own `pretrained_cfg` lacks: tag, license,
+            description; mean, std, input_size, ... that they were trained with.
+        label_names: Names of the classes, in order, or by index (default: those of the model's `pretrained_cfg`).
 
     Raises:
         FileExistsError: The folder exists.
         ValueError: The configuration builds another model, or there are not as many label names as classes.
     """
     with new_folder(Path(folder)) as partial:
-        write_card(partial, model, write_model(model, partial, model_args, pretrained_cfg, label_names))
+        write_folder(model, partial, model_args or {}, pretrained_cfg or {}, label_names)
 
 
-def write_model(
+def write_folder(
         model: nn.Module,
         folder: Path,
-        model_args: Optional[Mapping[str, Any]] = None,
-        pretrained_cfg: Optional[Mapping[str, Any]] = None,
-        label_names: Optional[LabelNames] = None,
-) -> Dict[str, Any]:
-    """Does what `save_for_hub` does, without a card and into a folder that exists; returns the configuration."""
+        model_args: Mapping[str, Any],
+        pretrained_cfg: Mapping[str, Any],
+        label_names: Optional[LabelNames],
+        **run: Any,
+) -> None:
+    """Does what `save_for_hub` does, into a folder that exists; the card has facts about a run, as for `write_card`."""
     built = isinstance(model, (ResNet, DenseNet)) and getattr(model, 'pretrained_cfg', {}).get('architecture') or ''
     if not built.startswith('awm_'):
         raise ValueError(
@@ -76,7 +76,7 @@ def write_model(
         raise ValueError(f'There are {len(label_names)} label names for {model.num_classes} classes.')
     # a copy, for safetensors takes no channels-last tensors
     model = deepcopy(model).cpu().eval().to(memory_format=torch.contiguous_format)
-    save_for_hf(model, str(folder), model_args=dict(model_args or {}), safe_serialization=True)
+    save_for_hf(model, str(folder), model_args=dict(model_args), safe_serialization=True)
     (folder / SAFETENSORS).chmod((folder / CONFIG).stat().st_mode)  # safetensors lets only the owner read it
     config = json.loads((folder / CONFIG).read_text(encoding='utf-8'))
     config.get('model_args', {}).pop('num_classes', None)  # at the top already; transformers refuses it twice
@@ -86,7 +86,7 @@ def write_model(
         config['label_names'] = class_names(label_names or own_names, model.num_classes)
     if model.pretrained_cfg.get('source') not in ('hf-hub', 'local-dir'):
         cfg = {k: v for k, v in cfg.items() if k in KEPT}
-    cfg = {'description': f'{config["architecture"]}. {NEEDS}', **cfg, **(pretrained_cfg or {})}
+    cfg = {'description': f'{config["architecture"]}. {NEEDS}', **cfg, **pretrained_cfg}
     config['pretrained_cfg'] = {k: v for k, v in cfg.items() if v is not None}
     (folder / CONFIG).write_text(json.dumps(config, indent=2), encoding='utf-8')
     advice = 'Was it changed after it was created? Then give what is missing as model_args.'
@@ -98,7 +98,7 @@ def write_model(
         images = torch.rand(2, *rebuilt.pretrained_cfg['input_size'], generator=torch.Generator().manual_seed(0))
         if not torch.allclose(model.float()(images), rebuilt.float()(images), rtol=0, atol=0, equal_nan=True):
             raise ValueError(f'The configuration builds a model of other outputs than this one. {advice}')
-    return config
+    write_card(folder, model, config, **run)
 
 
 def load_folder(folder: Union[str, Path]) -> nn.Module:

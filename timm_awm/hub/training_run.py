@@ -3,32 +3,26 @@ import csv
 import json
 import os
 import re
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PureWindowsPath
-from typing import Any, Dict, List, Mapping, Optional, Tuple, Union
+from typing import Any, Dict, List, Mapping, Optional, Tuple
 
 import yaml
 from timm.data import create_dataset
 from timm.models import clean_state_dict
 from timm.utils import load_checkpoint_metadata
 
-from .card import Measured
-
 __all__ = ['TrainingRun', 'data_name', 'last_part', 'read_checkpoint', 'read_results']
 
 PRIVATE = 'private'  # stands for an address or a command
 
 
+@dataclass
 class TrainingRun:
-    """A folder that train.py writes. Its properties are read from files: FileNotFoundError says that one is missing,
-    ValueError that it is damaged.
-
-    Args:
-        folder: The run's folder; it may not exist yet.
-    """
-
-    def __init__(self, folder: Union[str, Path]) -> None:
-        self.folder = Path(folder)
+    """A folder that train.py writes. Its properties raise FileNotFoundError if a file is missing, ValueError if it is
+    damaged."""
+    folder: Path
 
     @cached_property
     def args(self) -> Dict[str, Any]:
@@ -43,8 +37,7 @@ class TrainingRun:
 
     @cached_property
     def summary(self) -> Dict[int, Dict[str, str]]:
-        """The rows of summary.csv by epoch. A resumed run has its header again and may have an epoch twice: the last
-        one counts."""
+        """The rows of summary.csv by epoch. A resumed run writes its header, maybe an epoch again: the last counts."""
         path = self.folder / 'summary.csv'
         try:
             with path.open(newline='', encoding='utf-8') as file:
@@ -54,28 +47,26 @@ class TrainingRun:
 
     def label_names(self, num_classes: int) -> Optional[List[str]]:
         """The names of the classes, or None if the data set is not at hand or does not tell them."""
-        dataset, args = str(self.args.get('dataset') or ''), self.args
+        args = self.args
+        dataset = str(args.get('dataset') or '')
         try:
             if dataset.startswith('hfds/'):  # timm's reader would fetch the data too
                 import datasets
                 builder = datasets.load_dataset_builder(dataset.removeprefix('hfds/'))
                 # files on disk that were not read before tell in their schema
                 features = builder.info.features or next(iter(builder.as_streaming_dataset().values())).features
-                index = {label: i for i, label in enumerate(features[args['target_key']].names)}
+                names = list(features[args['target_key']].names)
             else:
-                data: Any = create_dataset(
-                    dataset,
-                    root=args.get('data_dir') or args.get('data'),
-                    split=args.get('val_split') or 'validation',
-                    class_map=args.get('class_map') or '',
-                )
+                root, class_map = args.get('data_dir') or args.get('data'), args.get('class_map') or ''
+                data: Any = create_dataset(dataset, root=root, split=args['val_split'], class_map=class_map)
                 index = getattr(data, 'reader', data).class_to_idx  # torchvision's have no reader
-            if sorted(index.values()) != list(range(num_classes)):
+                names = sorted(index, key=index.__getitem__)
+            if len(names) != num_classes:
                 raise ValueError(f'it does not have {num_classes} classes')
         except Exception as error:  # readers of data that may be gone raise anything
             print(f'Label names: not known from the data set ({error!r}); --label-names gives them.')
             return None
-        return sorted(map(str, index), key=index.__getitem__)
+        return names
 
 
 def last_part(path: str) -> str:
@@ -103,11 +94,11 @@ def read_checkpoint(path: Path, use_ema: bool) -> Tuple[int, Dict[str, Any], boo
         raise ValueError(f'{path} is damaged, or no checkpoint of train.py: {error}') from error
 
 
-def read_results(split: str, path: Path) -> Measured:
+def read_results(split: str, path: Path) -> Dict[str, Any]:
     """Accuracies that validate.py wrote about one model, as JSON or as CSV."""
     text = path.read_text(encoding='utf-8-sig')
     try:
         row, = [json.loads(text)] if text.startswith('{') else csv.DictReader(text.splitlines())
-        return Measured(split, float(row['top1']), float(row['top5']), 'validate.py')
+        return dict(split=split, top1=float(row['top1']), top5=float(row['top5']), source='validate.py')
     except (KeyError, ValueError) as error:
         raise ValueError(f'{path} is not what validate.py writes about one model: {error}') from error
