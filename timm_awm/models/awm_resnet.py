@@ -11,7 +11,7 @@ Papers:
 * `Wide Residual Networks` - https://arxiv.org/abs/1605.07146
 """
 from functools import partial
-from typing import Any, Callable, Dict, List, Optional, Tuple, Union
+from typing import Any, Dict, List, Optional, Tuple, Union
 
 from timm.models import BasicBlock, Bottleneck, ResNet
 from timm.models._features import feature_take_indices  # private: there is no other
@@ -95,48 +95,26 @@ class AwmCifarResNet(AwmResNet, CifarResNet):
 
 AWM_CLASSES.update({ResNet: AwmResNet, CifarResNet: AwmCifarResNet})
 
-CIFAR_CFG = dict(CIFAR10_CFG, first_conv='conv1', classifier='fc')
-
 default_cfgs: Dict[str, Any] = {}
 # zero_init_last would make F zero, which leaves no descriptor to weigh it by; alike in the control
 _register = partial(register_awm_model, globals(), zero_init_last=False)
 
-awm_resnet18 = _register('awm_resnet18')
-awm_resnet18d = _register('awm_resnet18d')
-awm_resnet26 = _register('awm_resnet26')
-awm_resnet26d = _register('awm_resnet26d')
-awm_resnet34 = _register('awm_resnet34')
-awm_resnet34d = _register('awm_resnet34d')
-awm_resnet50 = _register('awm_resnet50')
-awm_resnet50d = _register('awm_resnet50d')
-awm_resnet101 = _register('awm_resnet101')
-awm_resnet101d = _register('awm_resnet101d')
-awm_resnet152 = _register('awm_resnet152')
-awm_resnet152d = _register('awm_resnet152d')
-awm_resnext50_32x4d = _register('awm_resnext50_32x4d')
-awm_resnext50d_32x4d = _register('awm_resnext50d_32x4d')
-awm_resnext101_32x4d = _register('awm_resnext101_32x4d')
-awm_resnext101_32x8d = _register('awm_resnext101_32x8d')
-awm_resnext101_32x16d = _register('awm_resnext101_32x16d')
-awm_resnext101_32x32d = _register('awm_resnext101_32x32d')
-awm_resnext101_64x4d = _register('awm_resnext101_64x4d')
-awm_wide_resnet50_2 = _register('awm_wide_resnet50_2')
-awm_wide_resnet101_2 = _register('awm_wide_resnet101_2')
+for _name in (
+    'awm_resnet18', 'awm_resnet26', 'awm_resnet34', 'awm_resnet50', 'awm_resnet101', 'awm_resnet152',
+    'awm_resnet18d', 'awm_resnet26d', 'awm_resnet34d', 'awm_resnet50d', 'awm_resnet101d', 'awm_resnet152d',
+    'awm_resnext50_32x4d', 'awm_resnext50d_32x4d', 'awm_resnext101_32x4d', 'awm_resnext101_32x8d',
+    'awm_resnext101_32x16d', 'awm_resnext101_32x32d', 'awm_resnext101_64x4d',
+    'awm_wide_resnet50_2', 'awm_wide_resnet101_2',
+):
+    _register(_name)
 
-
-def _register_cifar(name: str, blocks: int) -> Callable[..., nn.Module]:
-    """With so many blocks in each of three stages."""
-    return _register(
-        name,
-        partial(CifarResNet, block=BasicBlock, layers=(blocks,) * 3),
-        CIFAR_CFG,
+for _name, _blocks in {  # in each of three stages
+    'awm_resnet14_cifar': 2, 'awm_resnet20_cifar': 3, 'awm_resnet32_cifar': 5,
+    'awm_resnet44_cifar': 7, 'awm_resnet56_cifar': 9, 'awm_resnet110_cifar': 18,
+}.items():
+    _register(
+        _name,
+        partial(CifarResNet, block=BasicBlock, layers=(_blocks,) * 3),
+        dict(CIFAR10_CFG, first_conv='conv1', classifier='fc'),
         feature_cfg=dict(out_indices=(0, 1, 2, 3)),
     )
-
-
-awm_resnet14_cifar = _register_cifar('awm_resnet14_cifar', 2)
-awm_resnet20_cifar = _register_cifar('awm_resnet20_cifar', 3)
-awm_resnet32_cifar = _register_cifar('awm_resnet32_cifar', 5)
-awm_resnet44_cifar = _register_cifar('awm_resnet44_cifar', 7)
-awm_resnet56_cifar = _register_cifar('awm_resnet56_cifar', 9)
-awm_resnet110_cifar = _register_cifar('awm_resnet110_cifar', 18)

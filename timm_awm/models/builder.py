@@ -6,6 +6,7 @@ from safetensors import SafetensorError
 from timm.models import (
     build_model_with_cfg,
     generate_default_cfgs,
+    get_arch_pretrained_cfgs,
     model_entrypoint,
     register_model,
     register_notrace_module,
@@ -13,7 +14,7 @@ from timm.models import (
 from torch import nn
 
 from ..layers import ConcatMerge, SumMerge
-from .checkpoint import SAFETENSORS, checkpoint_filter, checkpoint_problem, identity_cfgs
+from .checkpoint import SAFETENSORS, checkpoint_filter, checkpoint_problem, identity_cfg
 
 __all__ = [
     'AWM_BLOCKS', 'AWM_CLASSES', 'CIFAR10_CFG', 'AwmModel', 'add_merges', 'create_awm_model', 'register_awm_model']
@@ -42,7 +43,7 @@ class AwmModel(nn.Module):
     """Mixin that makes one of timm's model classes a class with merges.
 
     Args:
-        awm_hidden: Width e of the merges' hidden layers; that of the paper and its authors if not given.
+        awm_hidden: As for `add_merges`.
         **kwargs: As for timm's class.
     """
 
@@ -102,15 +103,13 @@ def create_awm_model(
         feature_cfg: Optional[Mapping[str, Any]] = None,
         **kwargs: Any,
 ) -> nn.Module:
-    """Builds an AWM model or its plain control.
+    """Builds an AWM model or its plain control, by `timm.models.build_model_with_cfg`.
 
     Args:
         variant: Name of the AWM model.
         plain: Builds the plain network.
-        pretrained: Load pretrained weights.
         awm: False builds the plain control.
-        awm_hidden: Width e of the merges' hidden layers; that of the paper and its authors if not given.
-        pretrained_cfg: As for `timm.models.build_model_with_cfg`, like all further arguments.
+        awm_hidden: As for `add_merges`.
 
     Raises:
         ValueError: `awm` is neither True nor False.
@@ -142,24 +141,28 @@ def register_awm_model(
         plain: Optional[Callable[..., nn.Module]] = None,
         cfg: Optional[Dict[str, Any]] = None,
         **defaults: Any,
-) -> Callable[..., nn.Module]:
-    """Makes an entry point, registers it with timm, and returns it.
+) -> None:
+    """Registers an entry point with timm, and puts it into its module.
 
     Args:
         module: globals() of the file, whose `default_cfgs` gets the model's.
         name: Of the AWM model.
-        plain: Builds the plain network; None: timm's of the same name, with its checkpoints as starts.
+        plain: Builds the plain network; None: timm's of the same name, whose checkpoints, with the merges at the
+            identity, are its starts: `resnet50.a1_in1k` becomes `awm_resnet50.a1_in1k_identity`.
         cfg: The pretrained_cfg of a model without weights.
         **defaults: Arguments of `create_awm_model` that callers may override.
     """
-    build = plain or model_entrypoint(name.removeprefix('awm_'))
+    base = name.removeprefix('awm_')
+    build = plain or model_entrypoint(base)
 
     def entrypoint(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         return create_awm_model(name, build, pretrained, **dict(defaults, **kwargs))
 
     entrypoint.__name__ = entrypoint.__qualname__ = name
     entrypoint.__module__ = module['__name__']
-    entrypoint.__doc__ = f'{name.removeprefix("awm_")} with AWM merges.'
-    cfgs = {f'{name}.untrained': cfg} if cfg else identity_cfgs(name)
+    entrypoint.__doc__ = f'{base} with AWM merges.'
+    cfgs: Dict[str, Any] = {f'{name}.untrained': cfg} if cfg else {
+        f'awm_{key}_identity': identity_cfg(own, name)
+        for key, own in get_arch_pretrained_cfgs(base).items() if own.hf_hub_id}
     module['default_cfgs'].update(generate_default_cfgs(cfgs))
-    return register_model(entrypoint)
+    module[name] = register_model(entrypoint)
