@@ -192,7 +192,6 @@ def fuse(
         merge: `SumMerge` or `ConcatMerge`, whose `fused` tells the other arguments.
         maps: Branch and shortcut, or what is concatenated: (batch, channels[i], height, width).
         skipped: Further modules whose call is skipped, None if absent, and the class that each must be of.
-        is_sum: Else it is a concatenation.
     """
     if not _can_fuse(merge, maps, norm, skipped, is_sum):
         return None

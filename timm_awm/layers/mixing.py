@@ -23,14 +23,7 @@ def wide_dtype(x: Tensor) -> torch.dtype:
 
 
 def channel_mean(x: Tensor) -> Tensor:
-    """Global average of every channel (eq. 3): the descriptor of a path.
-
-    Args:
-        x: A path, (batch, channels, height, width).
-
-    Returns:
-        (batch, channels), float32 or float64.
-    """
+    """Global average of every channel of a path (eq. 3), its descriptor: (batch, channels), float32 or float64."""
     if has_torch_function((x,)):  # a proxy of torch.fx, which knows no dtype
         return handle_torch_function(channel_mean, (x,), x)
     return x.mean((2, 3), dtype=wide_dtype(x))
@@ -42,18 +35,12 @@ def descriptors(maps: List[Tensor]) -> Tensor:
 
 
 def mixing_logits(z: Tensor, weight1: Tensor, weight2: Tensor) -> Tensor:
-    """The two FC layers, W2 · relu(W1 · Z): eq. 4 before its sigmoid.
+    """The two FC layers, W2 · relu(W1 · Z): eq. 4 before its sigmoid, (batch, paths).
 
     Args:
         z: Descriptors of all paths side by side, (batch, features), float32 or float64.
         weight1: W1, (hidden, features).
         weight2: W2, (paths, hidden).
-
-    Returns:
-        (batch, paths), in the dtype of z.
-
-    Raises:
-        ValueError: There are more or fewer features than W1 is for.
     """
     if torch.jit.is_scripting():
         # TorchScript can only switch autocast off for a device known when it compiles; float64 is what autocast skips
@@ -75,13 +62,7 @@ def scaled_mixing_weights(logits: Tensor) -> Tensor:
     """n · λ with λ = σ(l) / Σ σ(l): the sigmoid of eq. 4, normalised over the paths, times their number n.
 
     Computed as n · e / Σe, e = exp(logsigmoid(l) − max): the same numbers, finite when every sigmoid underflows, and
-    exactly 1 for equal logits, where n · softmax would round for some n (41, 47, ...).
-
-    Args:
-        logits: (batch, n).
-
-    Returns:
-        (batch, n), every row sums to n.
+    exactly 1 for equal logits, where n · softmax would round for some n (41, 47, ...). Both are (batch, n).
     """
     # logsigmoid, which ONNX would compute as log(sigmoid(l)): -inf for large negative logits, NaN for λ
     log_sigma = -F.softplus(-logits, threshold=40)
@@ -149,13 +130,7 @@ class MixingWeights(nn.Module):
         live.add(self)  # copied or unpickled
 
     def forward(self, z: Tensor) -> Tensor:
-        """
-        Args:
-            z: Descriptors side by side, (batch, num_features), float32 or float64.
-
-        Returns:
-            n · λ, (batch, num_paths).
-        """
+        """n · λ, (batch, num_paths), from descriptors side by side, (batch, num_features), float32 or float64."""
         return scaled_mixing_weights(mixing_logits(z, self.weight1, self.weight2))
 
 

@@ -1,7 +1,4 @@
-"""The merges that are alive in this process.
-
-An optimizer is handed parameters, never the model: this is how it can tell which of them belong to a merge.
-"""
+"""The merges that are alive in this process: optimizers, which get no model, ask which parameters are a merge's."""
 import weakref
 from typing import Iterable, List
 

@@ -66,22 +66,19 @@ def convert(model: nn.Module, awm_hidden: Optional[int] = None) -> nn.Module:
 
 def _problem(model: nn.Module) -> str:
     """Why a model cannot be converted; empty if it can."""
+    name = type(model).__name__
     if isinstance(model, AwmModel):
-        return f'This {type(model).__name__} has merges already.'
+        return f'This {name} has merges already.'
     if type(model) not in AWM_CLASSES:
-        return f'{type(model).__module__}.{type(model).__name__} is none of the classes that get merges.'
+        return f'{type(model).__module__}.{name} is none of the classes that get merges.'
     if isinstance(model, ResNet):
-        blocks = [block for i in range(1, 5) for block in getattr(model, f'layer{i}').children()]
+        parts = [block for i in range(1, 5) for block in getattr(model, f'layer{i}').children()]
     else:
         blocks = [block for block in model.features.children() if isinstance(block, DenseBlock)]
-        if any(type(layer) is not DenseLayer for block in blocks for layer in block.children()):
-            return f"A dense block of this {type(model).__name__} is made of other layers than timm's DenseLayer."
-    unknown = {type(block).__name__ for block in blocks if type(block) not in AWM_BLOCKS}
-    if unknown:
-        return (
-            f"This {type(model).__name__} is made of {', '.join(sorted(unknown))}; there is a merge for timm's own "
-            f"{', '.join(cls.__name__ for cls in AWM_BLOCKS)} only.")
-    return '' if blocks else f'This {type(model).__name__} has no blocks.'
+        parts = [*blocks, *(layer for block in blocks for layer in block.children())]
+    known = [*AWM_BLOCKS, DenseLayer]
+    unknown = sorted({type(part).__name__ for part in parts if type(part) not in known})
+    return f"This {name} is made of {', '.join(unknown)}, not of timm's own blocks alone." if unknown else ''
 
 
 default_cfgs = generate_default_cfgs({
