@@ -1,5 +1,4 @@
 import gc
-import importlib
 import inspect
 import random
 import sys
@@ -88,12 +87,6 @@ def test_other_scripts_and_timm_in_them_are_left_alone(module, monkeypatch):
     assert vars(module) == before
     assert replaceable() == functions
     assert all(inspect.getmodule(function).__name__.startswith('timm.') for function in functions)
-
-
-def test_a_second_import_wraps_nothing_twice(inside_train_py):
-    before = inside_train_py.train_one_epoch, *replaceable()
-    importlib.reload(train_script).install()
-    assert (inside_train_py.train_one_epoch, *replaceable()) == before
 
 
 def test_train_py_gets_the_epoch_and_the_summary_the_phase(inside_train_py):

@@ -5,7 +5,6 @@ No wheel of timm contains its scripts: set TIMM_TRAIN_SCRIPT to the train.py of 
 import csv
 import json
 import os
-import random
 import re
 import signal
 import subprocess
@@ -109,13 +108,6 @@ def test_plain_control_and_validate(data, tmp_path):
     assert json.loads(result.stdout.split('--result')[1])['top1'] == pytest.approx(float(row['eval_top1']), abs=1e-3)
 
 
-def test_benchmark(tmp_path):
-    result = run(
-        'benchmark', '--model', 'awm_resnet14_cifar', '--device', 'cpu', '--precision', 'float32', '-b', 2,
-        '--num-bench-iter', 10, '--num-warm-iter', 1, '--bench', 'train', cwd=tmp_path)
-    assert '"model": "awm_resnet14_cifar"' in result.stdout and '"train_samples_per_sec"' in result.stdout
-
-
 def test_two_processes_train_like_one(data, tmp_path):
     # one update an epoch of all 64 images, so that their order does not matter, and no statistics over a batch
     args = ('--opt-kwargs', 'base=sgd', 'period=1', 'filter_bias_and_bn=False', '--epochs', 6, '--no-aug',
@@ -170,35 +162,6 @@ def test_elastic_restart_goes_on_in_the_right_phase(data, tmp_path):
     assert first >= 3 and epochs(before)[:3] == [('0', 'b'), ('1', 'b'), ('2', 'm')]
     assert epochs(after) == [(str(i), 'bbmm'[i % 4]) for i in range(first, 8)]
     assert_same_checkpoints(tmp_path / 'run', tmp_path / 'killed', 8, kills=1)
-
-
-def test_killed_anywhere_and_resumed(data, tmp_path, kills=3, count=14, seed=0):
-    args = (*PERIOD_2, '--epochs', count, '--no-aug', '--device-modules', 'killable', '--resume', 'auto')
-    recipe = 'cifar10_short/awm_resnet14_cifar'
-    train(recipe, data, tmp_path, *args)
-    command = [sys.executable, '-m', 'timm_awm', *arguments(recipe, data, tmp_path, *args, '--experiment', 'killed')]
-    moments = random.Random(seed)
-    left = kills
-    while True:
-        log = tmp_path / 'log'
-        with log.open('w') as file, subprocess.Popen(
-                command, cwd=tmp_path, env=environment(tmp_path), stdout=file, stderr=file,
-                start_new_session=True) as process:
-            while not epochs(log.read_text()) and process.poll() is None:
-                time.sleep(.01)
-            if left:
-                time.sleep(moments.uniform(0, 1.5))
-                assert process.poll() is None, 'the run was over before it had been killed often enough'
-                os.killpg(process.pid, signal.SIGKILL)
-            status = process.wait()
-        text = log.read_text()
-        seen = epochs(text)
-        assert seen == [(str(i), 'bbmm'[i % 4]) for i in range(int(seen[0][0]), int(seen[-1][0]) + 1)], text[-3000:]
-        if not left:
-            break
-        left -= 1
-    assert status == 0 and int(seen[-1][0]) == count - 1, text[-3000:]
-    assert_same_checkpoints(tmp_path / 'run', tmp_path / 'killed', count, kills)
 
 
 def test_errors_reach_the_user(data, tmp_path):

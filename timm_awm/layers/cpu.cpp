@@ -210,6 +210,7 @@ struct Merge {
     Array mu = Array(C), sigma2 = Array(C), k = Array(C), t = Array(C);  // BatchNorm is k·x + t
     Array z = Array(N * D), h = Array(N * E), scale = Array(N * K), slope = Array(N * K);  // slope: of log σ
     Array w = Array(N * C);  // of u's channels, the scale of their path
+    Array grad_k, grad_t, grad_var, grad_mean;
     Array weighed_mean = Array(v ? 0 : N * C), weighed_var = Array(v || running_mean ? 0 : N * C);
 
     const A* array(int i) const { return (const A*)in[i]; }
@@ -355,9 +356,8 @@ struct Merge {
         });
     }
 
-    // Of m, the mean of what is normalised. Adds to grad_m; grad_var, of its variance, is the same for all images.
-    void normalise_backward(
-            const A* m, const A* grad_k, const A* grad_t, A* grad_m, A* grad_var, A* grad_gamma, A* grad_beta) const {
+    // Of m, the mean of what is normalised. Adds to grad_mean; grad_var, of its variance, is the same for all images.
+    void normalise_backward(const A* m, A* grad_gamma, A* grad_beta) {
         for (int64_t c = 0; c < C; ++c) {
             const A r = 1 / std::sqrt(sigma2[c] + eps), grad = grad_k[c] - mu[c] * grad_t[c];
             grad_gamma[c] = r * grad;
@@ -365,7 +365,7 @@ struct Merge {
             grad_var[c] = running_mean ? A(0) : -gamma[c] * r * r * r * grad / (2 * N);
         }
         if (!running_mean) for_all([&](int64_t, int64_t c, int64_t i) {
-            grad_m[i] += 2 * grad_var[c] * (m[i] - mu[c]) - k[c] * grad_t[c] / N;
+            grad_mean[i] += 2 * grad_var[c] * (m[i] - mu[c]) - k[c] * grad_t[c] / N;
         });
     }
 
@@ -407,18 +407,15 @@ struct Merge {
             affine_act_sums<two(), relu()>(grad, grad_a.data(), grad_b.data(), grad_c.data());
         });
         infer();
-        Array grad_k(C), grad_t(C), grad_var(C), grad_w(N * C), grad_scale(N * K), grad_z(N * D), grad_mean(N * C);
-        const auto normalise_backward = [&](const A* m) {
-            this->normalise_backward(
-                m, grad_k.data(), grad_t.data(), grad_mean.data(), grad_var.data(), grad_gamma, grad_beta);
-        };
+        Array grad_w(N * C), grad_scale(N * K), grad_z(N * D);
+        grad_k.resize(C), grad_t.resize(C), grad_var.resize(C), grad_mean.resize(N * C);
         for_all([&](int64_t, int64_t c, int64_t i) {
             grad_w[i] = grad_a[i] * k[c] + (v ? grad_c[i] * t[c] : A(0));
             grad_k[c] += grad_a[i] * w[i];
             grad_t[c] += v ? grad_c[i] * w[i] : grad_c[i];
         });
         if (!v) {
-            normalise_backward(weighed_mean.data());
+            normalise_backward(weighed_mean.data(), grad_gamma, grad_beta);
             for_all([&](int64_t, int64_t c, int64_t i) {
                 grad_w[i] += grad_mean[i] * mean[i];
                 if (!running_mean) grad_w[i] += 2 * w[i] * var[i] * grad_var[c];
@@ -437,7 +434,7 @@ struct Merge {
                 grad_k[c] += grad_z[n * D + c] * mean[i];
                 grad_t[c] += grad_z[n * D + c];
             });
-            normalise_backward(mean);
+            normalise_backward(mean, grad_gamma, grad_beta);
         }
         Array u_scale(N * C), u_shift(N * C), v_shift(N * C);
         for_all([&](int64_t n, int64_t c, int64_t i) {

@@ -50,8 +50,7 @@ def merge(operands: Operands, overwrite: bool = False) -> Tuple[Tensor, Tensor, 
     """act(a · u + b · v + c), the coefficients a, b and c inferred from all maps; overwrite writes it over u.
 
     Returns:
-        The merged map; what `merge_backward` needs, (6, batch, channels): a, b, c, the mean and the variance of u and
-        the mean of v, where they are used; the mean and the variance that BatchNorm uses, (2, channels).
+        The merged map; what `merge_backward` needs, (6, batch, channels); BatchNorm's mean and variance, (2, channels).
     """
     u, v = _dense_maps(operands)
     y = u if overwrite else torch.empty_like(u)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 from torch.autograd import Function
+from torch.overrides import has_torch_function
 
 from . import cpu
 from .mixing import MixingWeights, descriptors, weigh_concat, weigh_sum, wide_dtype
@@ -35,9 +36,8 @@ def set_fused_merge(enable: bool = True, experimental: bool = False) -> None:
 
     The environment variable TIMM_AWM_FUSED (0: off, 1: on, 2: experimental too) says how it starts.
 
-    Off, a merge is computed by the plain formula, and an AWM network at the identity start gives bit for bit the output
-    of the plain network. On, it differs by the rounding of floating point. Merges that cannot be fused, and those of a
-    compiled network, are computed by the plain formula anyway.
+    Off, merges are computed by the plain formula, as those that cannot be fused always are, and at the identity start a
+    network gives bit for bit the output of the plain one. On, it differs by the rounding of floating point.
 
     Args:
         enable: Fuse on CPUs, where a C++ compiler is found.
@@ -53,8 +53,7 @@ _trusted: List[Tuple[Any, str, Any]] = []
 
 
 def trust(owner: Any, *names: str) -> None:
-    """Remember functions as they are; one that is replaced already, by neither torch, timm nor this package, is not
-    trusted."""
+    """Remember functions as they are, if they are torch's, timm's or this package's own."""
     for name in names:
         function = getattr(owner, name)
         module = getattr(function, '__module__', None) or 'torch'  # torch's built-in functions have none
@@ -71,8 +70,7 @@ trust(torch, 'batch_norm', 'relu', 'relu_', 'conv2d')
 
 def _can_fuse(
         merge: Any, maps: Sequence[Tensor], norm: Any, skipped: Sequence[Tuple[Any, type]], is_sum: bool) -> bool:
-    """Whether a merge can be fused: nothing is skipped that somebody has changed, and C++, which reads memory, finds
-    what it expects. A module is trusted only if it is exactly of its class and nothing hangs on its call."""
+    """Whether nothing is skipped that somebody has changed, and C++, which reads memory, finds what it expects."""
     if not _enabled or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
     first = maps[0]
@@ -98,9 +96,11 @@ def _can_fuse(
     if norm is not None:
         parameters = [weight1, weight2, norm._parameters.get('weight'), norm._parameters.get('bias')]
         statistics = [norm._buffers['running_mean'], norm._buffers['running_var']]
-        if first.numel() == first.shape[1] and uses_batch_statistics(norm):
-            return False
+        if first.numel() == first.shape[1] and (norm.training or statistics[0] is None):
+            return False  # BatchNorm's error
     if not all([(issubclass(type(p), nn.Parameter) or type(p) is Tensor) and p.device == device for p in parameters]):
+        return False
+    if has_torch_function(parameters):  # of a class of somebody's that changes functions
         return False
     if weight1.shape != (len(weight1), channels) or weight2.shape != (len(maps), len(weight1)):
         return False
@@ -109,11 +109,6 @@ def _can_fuse(
         if p is not None and (p.dtype != wide or p.device != device or p.shape != (width,)):
             return False
     return cpu.is_available(dtype) if device.type in _CPP_DEVICES else _experimental
-
-
-def uses_batch_statistics(norm: nn.BatchNorm2d) -> bool:
-    """As BatchNorm itself decides."""
-    return norm.training or norm._buffers['running_mean'] is None
 
 
 def _update_running(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor, count: int) -> None:
@@ -188,10 +183,8 @@ def fuse(
 ) -> Optional[Tensor]:
     """A merge with the BatchNorm and the ReLU beside it, fused; or None, with nothing done, where it cannot be fused.
 
-    Args:
-        merge: `SumMerge` or `ConcatMerge`, whose `fused` tells the other arguments.
-        maps: Branch and shortcut, or what is concatenated: (batch, channels[i], height, width).
-        skipped: Further modules whose call is skipped, None if absent, and the class that each must be of.
+    Args are those of the merge's own `fused`; skipped are further modules, or None, whose call is skipped, each with the
+    class that it must be of.
     """
     if not _can_fuse(merge, maps, norm, skipped, is_sum):
         return None
@@ -206,7 +199,7 @@ def fuse(
         of_norm = ones, 0 * ones, 0 * ones, 1 * ones  # the identity
     else:
         buffers = norm._buffers
-        running = (None, None) if uses_batch_statistics(norm) else (buffers['running_mean'], buffers['running_var'])
+        running = (None, None) if norm.training else (buffers['running_mean'], buffers['running_var'])
         of_norm = norm._parameters['weight'], norm._parameters['bias'], *running
     weights = own['weight1'].to(dtype), own['weight2'].to(dtype)
     operands = Operands.of(is_sum, 0. if norm is None else norm.eps, act is not None, *weights, *of_norm, *maps)

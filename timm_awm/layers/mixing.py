@@ -1,20 +1,18 @@
-"""λ from the descriptors of the paths: eq. 3 and 4 of the paper.
-
-Everything is computed in float32 (float64 for float64 maps) whatever the autocast.
-"""
+"""λ from the descriptors of the paths: eq. 3 and 4 of the paper, in float32 (float64 for float64 maps)."""
 import math
-from typing import Any, Dict, List, Tuple
+import weakref
+from typing import Any, Dict, Iterable, List, Tuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function
 
-from .registry import live
-
 __all__ = [
-    'MixingWeights', 'channel_mean', 'count_parameters', 'descriptors', 'is_mkldnn', 'mixing_logits',
-    'scaled_mixing_weights', 'weigh_concat', 'weigh_sum', 'wide_dtype']
+    'MixingWeights', 'channel_mean', 'count_parameters', 'descriptors', 'is_mkldnn', 'merge_parameters',
+    'mixing_logits', 'renew_compiled_guards', 'scaled_mixing_weights', 'weigh_concat', 'weigh_sum', 'wide_dtype']
+
+_live: 'weakref.WeakSet[nn.Module]' = weakref.WeakSet()
 
 
 def wide_dtype(x: Tensor) -> torch.dtype:
@@ -115,7 +113,7 @@ class MixingWeights(nn.Module):
         self.weight1 = nn.Parameter(torch.empty(hidden_features, num_features, device=device, dtype=dtype))
         self.weight2 = nn.Parameter(torch.empty(num_paths, hidden_features, device=device, dtype=dtype))
         self.reset_parameters()
-        live.add(self)
+        _live.add(self)
 
     def reset_parameters(self) -> None:
         nn.init.kaiming_uniform_(self.weight1, a=math.sqrt(5))
@@ -127,7 +125,7 @@ class MixingWeights(nn.Module):
 
     def __setstate__(self, state: Dict[str, Any]) -> None:
         super().__setstate__(state)
-        live.add(self)  # copied or unpickled
+        _live.add(self)  # copied or unpickled
 
     def forward(self, z: Tensor) -> Tensor:
         """n · λ, (batch, num_paths), from descriptors side by side, (batch, num_features), float32 or float64."""
@@ -139,3 +137,17 @@ def count_parameters(model: nn.Module) -> Tuple[int, int, int]:
     merges = [m for m in model.modules() if isinstance(m, MixingWeights)]
     in_merges = sum(p.numel() for m in merges for p in m.parameters())
     return sum(p.numel() for p in model.parameters()), in_merges, len(merges)
+
+
+def merge_parameters() -> List[nn.Parameter]:
+    """The parameters of all merges that are alive in this process: optimizers, which get no model, ask for them."""
+    return [p for mix in list(_live) for p in mix.parameters()]
+
+
+def renew_compiled_guards(params: Iterable[Tensor]) -> None:
+    """Makes compiled networks with merges of these parameters look again at which require gradients: torch.compile
+    trusts a module whose dict of parameters is the same. In 2.9 it does not see `requires_grad_`, in 2.14 it does."""
+    own = {id(p) for p in params}
+    for mix in list(_live):
+        if any(id(p) in own for p in mix.parameters()):
+            mix._parameters = dict(mix._parameters)

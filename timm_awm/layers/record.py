@@ -23,9 +23,6 @@ def record_mixing_weights(model: nn.Module) -> Iterator[Dict[str, Tensor]]:
             model(images)
         lambdas['layer1.0.merge']  # (batch, 2): the weight of F(x) and that of x, they sum to 1
 
-    Args:
-        model: A model with merges.
-
     Yields:
         A dict, filled by each forward pass anew: name of the merge -> (batch, paths), in order of execution. The λ can
         be differentiated, and a merge that runs twice in a pass leaves its last; use `torch.no_grad` to only look.

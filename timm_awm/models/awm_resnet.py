@@ -31,26 +31,15 @@ class CifarResNet(ResNet):
     """The ResNet of 6n + 2 layers for 32x32 images, of timm's blocks: a 3x3 stem and three stages of strides 1, 2, 4.
 
     Args:
-        output_stride: 4, or 2 for a dilated last stage.
         **kwargs: As for `timm.models.ResNet`, but those of the stem.
     """
 
     def __init__(
-            self,
-            *args: Any,
-            in_chans: int = 3,
-            output_stride: int = 4,
-            device: Any = None,
-            dtype: Any = None,
-            **kwargs: Any,
-    ) -> None:
-        if output_stride not in (2, 4):
-            raise ValueError(f'A CIFAR ResNet has an output stride of 2 or 4, not {output_stride}.')
+            self, *args: Any, in_chans: int = 3, device: Any = None, dtype: Any = None, **kwargs: Any) -> None:
         # timm's stem and strides are made for large images: build with those, four times too coarse, then correct
         super().__init__(
             *args,
             in_chans=in_chans,
-            output_stride=4 * output_stride,
             channels=(16, 32, 64),
             stem_type='deep',
             stem_width=8,

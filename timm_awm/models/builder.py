@@ -11,6 +11,7 @@ from timm.models import (
     register_model,
     register_notrace_module,
 )
+from timm.models.densenet import DenseLayer
 from torch import nn
 
 from ..layers import ConcatMerge, SumMerge
@@ -52,11 +53,7 @@ class AwmModel(nn.Module):
         add_merges(self, awm_hidden)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """As `torch.nn.Module.load_state_dict`.
-
-        Raises:
-            RuntimeError: The checkpoint does not fit; says what it is and what to do.
-        """
+        """As `torch.nn.Module.load_state_dict`; its RuntimeError says what the checkpoint is and what to do."""
         try:
             return super().load_state_dict(state_dict, strict=strict, assign=assign)
         except RuntimeError as error:
@@ -70,15 +67,20 @@ def add_merges(model: nn.Module, awm_hidden: Optional[int] = None) -> nn.Module:
     they were, so that with the same seed the plain network gets the same weights, order of data and augmentations.
 
     Args:
-        model: Of a class in AWM_CLASSES.
+        model: Of a class in AWM_CLASSES, made of blocks in AWM_BLOCKS.
         awm_hidden: Width e of the merges' hidden layers; that of the paper and its authors if not given.
 
     Raises:
-        TypeError: It is of another class.
+        TypeError: It is of another class, or of other blocks.
     """
     model_class = type(model) if isinstance(model, AwmModel) else AWM_CLASSES.get(type(model))
-    if model_class is None:
-        raise TypeError(f"This {type(model).__name__} is no ResNet or DenseNet of timm: there is no merge for it.")
+    known = (*AWM_BLOCKS, DenseLayer)
+    blocks = {type(module) for module in model.modules() if isinstance(module, known)}
+    if model_class is None or not blocks or not blocks.issubset(known):
+        raise TypeError(
+            f"This {type(model).__name__} of {', '.join(sorted(block.__name__ for block in blocks)) or 'other blocks'} "
+            "gets no merges: timm_awm takes timm's ResNets and DenseNets of timm's own blocks, without merges yet; the "
+            'network itself, before it is wrapped, compiled or scripted.')
     hidden = {} if awm_hidden is None else dict(hidden_features=awm_hidden)
     with torch.random.fork_rng(devices=[]):  # the order of the data is that of the plain network's run, too
         for block in list(model.modules()):
@@ -112,7 +114,6 @@ def create_awm_model(
         awm_hidden: As for `add_merges`.
 
     Raises:
-        ValueError: `awm` is neither True nor False.
         RuntimeError: The weights are damaged or do not fit.
     """
     if not isinstance(awm, bool):  # a text that looks like no would build the network with merges

@@ -28,16 +28,8 @@ def identity_cfg(cfg: PretrainedCfg, architecture: str) -> PretrainedCfg:
 
 
 def checkpoint_filter(state_dict: Dict[str, Any], model: nn.Module) -> Dict[str, Any]:
-    """timm's `pretrained_filter_fn` of all AWM models. Lets a plain checkpoint start one at the identity, and refuses
-    one that is not whole: timm loads that without a word where the classes differ.
-
-    Args:
-        state_dict: As it was read.
-        model: The new model, with its `pretrained_cfg`.
-
-    Raises:
-        RuntimeError: Tensors other than all merges or the classifier are missing.
-    """
+    """timm's `pretrained_filter_fn` of all AWM models. Lets a plain checkpoint start one at the identity; raises a
+    RuntimeError for one that is not whole, which timm loads without a word where the classes differ."""
     state_dict = _filter_torchvision_pretrained(state_dict)
     own = model.state_dict()
     merges = {k: v for k, v in own.items() if _is_merge_key(k)}
