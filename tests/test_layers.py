@@ -200,13 +200,6 @@ def test_record_mixing_weights(kind, tmp_path):
             torch.distributed.destroy_process_group()
 
 
-def test_recording_leaves_no_hook_after_an_error():
-    net = Net()
-    with pytest.raises(RuntimeError), record_mixing_weights(net):
-        net(torch.randn(2, 5, 8, 8))
-    assert not any(m._forward_hooks for m in net.modules())
-
-
 def test_recording_a_plain_model_says_why_not():
     with pytest.raises(ValueError, match='no AWM merge.*awm=False'), record_mixing_weights(nn.Conv2d(3, 4, 1)):
         pass

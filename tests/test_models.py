@@ -173,12 +173,6 @@ def test_arguments_do_what_they_do_in_the_plain_model(name, kwargs):
     assert merges(model) and not merges(control)
 
 
-def test_hidden_width_is_an_argument():
-    assert merges(create('awm_resnet14_cifar'))[0].mix.weight1.shape[0] == 16  # the paper's
-    assert merges(create('awm_densenet22_cifar'))[0].mix.weight1.shape[0] == 24
-    assert merges(create('awm_resnet14_cifar', awm_hidden=5))[0].mix.weight1.shape[0] == 5
-
-
 @pytest.mark.parametrize('awm_class, plain_class, args', [
     (AwmResNet, ResNet, dict(block=BasicBlock, layers=(1, 2, 1, 1))),
     (AwmDenseNet, DenseNet, dict(block_config=(2, 2))),

@@ -182,10 +182,7 @@ def fuse(
         conv: Any = None,
 ) -> Optional[Tensor]:
     """A merge with the BatchNorm and the ReLU beside it, fused; or None, with nothing done, where it cannot be fused.
-
-    Args are those of the merge's own `fused`; skipped are further modules, or None, whose call is skipped, each with the
-    class that it must be of.
-    """
+    The merge's own `fused` tells the arguments; skipped are modules, or None, and the class that each must be of."""
     if not _can_fuse(merge, maps, norm, skipped, is_sum):
         return None
     first, own = maps[0], merge.mix._parameters

@@ -50,13 +50,7 @@ class AwmDenseBlock(DenseBlock):
         return list(zip([*layers[1:], block], merges))
 
     def forward(self, x: Tensor) -> Tensor:
-        """
-        Args:
-            x: (batch, channels, height, width).
-
-        Returns:
-            The merged maps, (batch, channels + layers * growth_rate, height, width).
-        """
+        """The merged maps, (batch, channels + layers * growth_rate, height, width)."""
         maps: List[Tensor] = []
         for child in self.values():  # the layers, then the merge
             maps.append(x)
