@@ -1,4 +1,4 @@
-"""timm's own train.py, validate.py and benchmark.py, unmodified, run by timm-awm with the recipes of this repository.
+"""timm's own train.py and validate.py, unmodified, run by timm-awm with the recipes of this repository.
 
 No wheel of timm contains its scripts: set TIMM_TRAIN_SCRIPT to the train.py of a clone of timm.
 """

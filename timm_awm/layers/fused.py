@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 from torch.autograd import Function
-from torch.overrides import has_torch_function
 
 from . import cpu
 from .mixing import MixingWeights, descriptors, weigh_concat, weigh_sum, wide_dtype
@@ -98,10 +97,10 @@ def _can_fuse(
         statistics = [norm._buffers['running_mean'], norm._buffers['running_var']]
         if first.numel() == first.shape[1] and (norm.training or statistics[0] is None):
             return False  # BatchNorm's error
-    if not all([(issubclass(type(p), nn.Parameter) or type(p) is Tensor) and p.device == device for p in parameters]):
-        return False
-    if has_torch_function(parameters):  # of a class of somebody's that changes functions
-        return False
+    for p in parameters:
+        own = issubclass(type(p), nn.Parameter) and type(p).__torch_function__ is nn.Parameter.__torch_function__
+        if not (own or type(p) is Tensor) or p.device != device:
+            return False
     if weight1.shape != (len(weight1), channels) or weight2.shape != (len(maps), len(weight1)):
         return False
     width, wide = first.shape[1] if is_sum else channels, wide_dtype(first)  # of a sum, the branch is normalised

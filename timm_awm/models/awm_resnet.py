@@ -31,7 +31,7 @@ class CifarResNet(ResNet):
     """The ResNet of 6n + 2 layers for 32x32 images, of timm's blocks: a 3x3 stem and three stages of strides 1, 2, 4.
 
     Args:
-        **kwargs: As for `timm.models.ResNet`, but those of the stem.
+        **kwargs: As for `timm.models.ResNet`, but those of the stem; output_stride is 4 times the network's.
     """
 
     def __init__(
