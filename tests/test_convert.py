@@ -7,7 +7,6 @@ import torch
 from networks import images, merges, trained, vary_norms
 from timm.models import BasicBlock, ResNet
 from timm.models.densenet import DenseBlock
-from timm.optim import create_optimizer_v2
 from torch import nn
 
 from timm_awm import convert
@@ -16,10 +15,9 @@ from timm_awm.models import AwmResNet
 
 # one of each kind of timm's networks that is small enough to run
 KINDS = [
-    'resnet10t', 'resnet18d', 'resnet26t', 'resnet50s', 'resnet50_gn', 'resnext50d_32x4d', 'wide_resnet50_2',
-    'seresnet50', 'seresnext26d_32x4d', 'ecaresnet26t', 'ecaresnet50d_pruned', 'resnetaa34d', 'resnetblur18',
-    'resnetrs50', 'seresnetaa50d', 'test_resnet', 'densenet121', 'densenetblur121d', 'res2net50_14w_8s', 'res2next50',
-    'resnest14d', 'resnest50d_1s4x24d', 'resnest50d_4s2x40d', 'skresnet18', 'skresnext50_32x4d',
+    'resnet10t', 'resnet18d', 'resnet50_gn', 'seresnext26d_32x4d', 'ecaresnet26t', 'ecaresnet50d_pruned', 'resnetaa34d',
+    'resnetblur18', 'resnetrs50', 'test_resnet', 'densenet121', 'densenetblur121d', 'res2net50_14w_8s', 'res2next50',
+    'resnest14d', 'resnest50d_4s2x40d', 'skresnet18', 'skresnext50_32x4d',
 ]
 MODULES = ('resnet', 'densenet', 'res2net', 'resnest', 'sknet')
 
@@ -50,8 +48,9 @@ def test_same_function_and_names(name):
 def test_every_network_of_the_two_classes():
     names = [name for module in MODULES for name in timm.list_models(module=module)]
     for name in names:
+        depth = dict(block_config=(2,) * 4) if 'densenet' in name else dict(layers=(2,) * 4)  # is quicker
         with torch.device('meta'):
-            model = timm.create_model(name)
+            model = timm.create_model(name, **({} if 'pruned' in name else depth))
         assert type(model).__name__ in ('ResNet', 'DenseNet')
         before = list(model.state_dict())
         convert(model)
@@ -63,7 +62,7 @@ def test_every_network_of_the_two_classes():
 
 @pytest.mark.parametrize('name', ['seresnet50', 'densenet121', 'res2net50_14w_8s', 'resnest14d', 'skresnet18'])
 def test_as_it_stands_in_training(name):
-    """Train mode, drop path, double precision, channels-last, frozen parts, hooks, an optimizer that knows it."""
+    """Train mode, drop path, double precision, channels-last, frozen parts, hooks."""
     torch.manual_seed(0)
     model = timm.create_model(name, num_classes=7, **({} if name == 'densenet121' else dict(drop_path_rate=0.5)))
     model = vary_norms(model).double().to(memory_format=torch.channels_last)
@@ -88,13 +87,6 @@ def test_as_it_stands_in_training(name):
         assert (own[key].grad is None) == (p.grad is None)
         torch.testing.assert_close(own[key].grad, p.grad, rtol=1e-9, atol=1e-12)
     assert torch.equal(dict(model.named_buffers())[[*dict(plain.named_buffers())][0]], [*plain.buffers()][0])
-    optimizer = create_optimizer_v2(model, opt='alternating', base='sgd', period=1, lr=0.1)
-    optimizer.set_epoch(1)
-    model(x).square().mean().backward()
-    before = {k: v.clone() for k, v in model.state_dict().items() if k in own}
-    optimizer.step()
-    moved = {k for k in own if not torch.equal(before[k], own[k])}
-    assert moved and all('.merge.' in k for k in moved)
 
 
 class OwnBlock(DenseBlock):
@@ -106,11 +98,11 @@ class OwnResBlock(BasicBlock):
 
 
 @pytest.mark.parametrize('make, message', [
-    (lambda: timm.create_model('awm_resnet14_cifar'), 'AwmCifarResNet has merges already'),
-    (lambda: timm.create_model('convnext_atto'), 'ConvNeXt is none of the classes'),
-    (lambda: timm.create_model('resnet18', features_only=True), 'FeatureListNet is none of the classes'),
-    (lambda: nn.DataParallel(timm.create_model('resnet18')), 'DataParallel is none of the classes'),
-    (lambda: ResNet(OwnResBlock, (1, 1, 1, 1)), 'made of OwnResBlock'),
+    (lambda: timm.create_model('awm_resnet14_cifar'), 'AwmCifarResNet of AwmBasicBlock gets no merges'),
+    (lambda: timm.create_model('convnext_atto'), 'ConvNeXt of other blocks gets no merges'),
+    (lambda: timm.create_model('resnet18', features_only=True), 'FeatureListNet of BasicBlock gets no merges'),
+    (lambda: nn.DataParallel(timm.create_model('resnet18')), 'DataParallel of BasicBlock gets no merges'),
+    (lambda: ResNet(OwnResBlock, (1, 1, 1, 1)), 'ResNet of OwnResBlock gets no merges'),
 ])
 def test_what_cannot_be_converted(make, message):
     model = make()
@@ -128,32 +120,17 @@ def test_failure_leaves_the_model_as_it_was():
         assert list(model.state_dict()) == before and [type(m) for m in model.modules()] == kinds
     densenet = timm.create_model('densenet121')
     densenet.features.denseblock2.__class__ = OwnBlock
-    with pytest.raises(TypeError, match='made of OwnBlock'):
+    with pytest.raises(TypeError, match='OwnBlock gets no merges'):
         convert(densenet)
     assert type(densenet.features.denseblock1) is DenseBlock
-
-
-def test_images_smaller_than_the_stride_pass_as_in_timm():
-    for name, size in (('resnet18', 8), ('densenet121', 30), ('awm_resnet14_cifar', 2)):
-        plain = timm.create_model(name, **({'awm': False} if 'awm' in name else {})).eval()
-        x = images(1, size)
-        expected = plain(x)
-        assert torch.equal(convert(plain)(x), expected)
-
-
-def test_pruned_models():
-    model = timm.create_model('resnet18')
-    model.prune_intermediate_layers([2])
-    x = images(1, 32)
-    expected = model.eval().forward_features(x)
-    assert torch.equal(convert(model).forward_features(x), expected)
 
 
 # those of which a configuration must be told
 ARGUMENTS = {
     'seresnet50': {}, 'densenetblur121d': {}, 'resnet18': {}, 'ecaresnet26t': dict(awm_hidden=5),
     'res2net50_14w_8s': {}, 'resnest14d': {}, 'skresnet18': {},
-    'resnet10t': dict(in_chans=1, num_classes=3, global_pool='catavgmax'), 'resnet18d': dict(in_chans=5),
+    'resnet10t': dict(in_chans=1, num_classes=3, global_pool='catavgmax', block_args=dict(attn_layer='se')),
+    'resnet18d': dict(in_chans=5, output_stride=16, act_layer='silu', block_reduce_first=2),
 }
 
 
@@ -177,23 +154,6 @@ def test_export_builds_it_again(name, tmp_path):
     assert 'import timm_awm' in (tmp_path / 'out' / 'README.md').read_text()
 
 
-@pytest.mark.parametrize('args', [
-    dict(output_stride=16), dict(block_args=dict(attn_layer='se')), dict(avg_down=True, stem_type='deep'),
-    dict(act_layer='silu', block_reduce_first=2)], ids=str)
-def test_export_keeps_the_arguments(args, tmp_path):
-    model = trained(convert(vary_norms(timm.create_model('resnet18', **args))))
-    save_for_hub(model, tmp_path / 'out')
-    assert torch.equal(load_folder(tmp_path / 'out').eval()(images(2, 64)), model.eval()(images(2, 64)))
-
-
-@pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16])
-def test_export_of_other_dtypes(dtype, tmp_path):
-    model = trained(convert(vary_norms(timm.create_model('resnet10t')))).to(dtype)
-    save_for_hub(model, tmp_path / 'out')
-    again = load_folder(tmp_path / 'out').state_dict()
-    assert all(torch.equal(v.to(again[k].dtype), again[k]) for k, v in model.state_dict().items())
-
-
 def test_export_of_the_control_of_a_converted_model(tmp_path):
     plain = timm.create_model('awm_converted', base='resnet10t', awm=False)
     save_for_hub(plain, tmp_path / 'plain')
@@ -211,8 +171,6 @@ def test_export_of_what_timm_did_not_build(tmp_path):
     for other in (timm.create_model('resnet10t'), timm.create_model('convnext_atto'), features, torch.compile(awm)):
         with pytest.raises(ValueError, match='not created under the name of an AWM model'):
             save_for_hub(other, tmp_path / 'out')
-    with pytest.raises(ValueError, match="3 label names for 10 classes"):
-        save_for_hub(timm.create_model('awm_resnet14_cifar'), tmp_path / 'out', label_names=['a', 'b', 'c'])
 
 
 def test_awm_converted_is_its_base_with_merges():
@@ -233,5 +191,5 @@ def test_awm_converted_is_its_base_with_merges():
     for base in ('awm_resnet50', 'no_such_model'):
         with pytest.raises(ValueError, match=f"plain ResNet or DenseNet of timm, not '{base}'"):
             timm.create_model('awm_converted', base=base)
-    with pytest.raises(TypeError, match='This ConvNeXt is no ResNet or DenseNet of timm'):
+    with pytest.raises(TypeError, match='This ConvNeXt of other blocks gets no merges'):
         timm.create_model('awm_converted', base='convnext_atto')

@@ -2,11 +2,9 @@
 import copy
 import os
 import re
-import shutil
 import subprocess
 import sys
 from contextlib import nullcontext
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,7 +17,6 @@ from torch.autograd.functional import jacobian
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import timm_awm
 from timm_awm.layers import ConcatMerge, MixingWeights, SumMerge, set_fused_merge
 
 NHWC, NCHW = torch.channels_last, torch.contiguous_format
@@ -44,10 +41,9 @@ def both(model, run):
     return results
 
 
-def train_step(x, autocast=None):
+def train_step(x):
     def run(model):
-        with torch.autocast('cpu', autocast, enabled=autocast is not None):
-            out = model(x)
+        out = model(x)
         out.double().square().mean().backward()
         grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
         return dict(out=out, **grads, **dict(model.named_buffers()))
@@ -85,49 +81,19 @@ def test_inference(name, layout):
     assert 0 < difference(plain, fused) < 1e-12 and torch.equal(x, kept)
 
 
-@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize('name', ['awm_resnet14_cifar', 'awm_densenet22_cifar'])
-def test_lower_precision_differs_by_its_rounding(name, dtype):
-    """Both ways are as far from float64, within a factor, in the best of eight batches: in any one, rounding may carry
-    the input of a ReLU over zero, and its gradient with it."""
-    model = network(name)
-    plain_and_fused = []
-    for x in images(16).split(2):
-        set_fused_merge(False)
-        exact = train_step(x.double())(copy.deepcopy(model).double())
-        results = both(model, train_step(x, autocast=dtype if dtype == torch.bfloat16 else None))
-        plain_and_fused.append([difference(exact, result) for result in results])
-    plain, fused = map(min, zip(*plain_and_fused))
-    assert fused < 3 * plain
-
-
-@both_modes
-@pytest.mark.parametrize('act', [True, False])
-@pytest.mark.parametrize('normed', [True, False])
-def test_gradients_of_a_sum(normed, act, training):
-    torch.manual_seed(0)
-    merge = trained(SumMerge(5, 4, dtype=torch.float64))
-    norm = nn.BatchNorm2d(5, dtype=torch.float64).train(training) if normed else None
-    u, v = torch.randn(2, 3, 5, 2, 3, dtype=torch.float64, requires_grad=True).unbind()
-
-    def run(u, v, *_):
-        return merge.fused(u, v, norm, nn.ReLU() if act else None)
-
-    inputs = (u, v, *merge.parameters(), *(norm.parameters() if normed else ()))
-    assert torch.autograd.gradcheck(run, inputs) and torch.autograd.gradgradcheck(run, inputs)
-
-
 @both_modes
 @pytest.mark.parametrize('normed', [True, False])
-def test_gradients_of_a_concatenation(normed, training):
+@pytest.mark.parametrize('kind', [SumMerge, ConcatMerge])
+def test_gradients_and_their_gradients(kind, normed, training):
     torch.manual_seed(0)
-    channels = [3, 1, 2]
-    merge = trained(ConcatMerge(channels, 4, dtype=torch.float64))
-    norm = BatchNormAct2d(6, dtype=torch.float64).train(training) if normed else None
+    channels, norm = ([5, 5], nn.BatchNorm2d(5)) if kind is SumMerge else ([3, 1, 2], BatchNormAct2d(6))
+    merge = trained(kind(5 if kind is SumMerge else channels, 4)).double()
+    norm = norm.double().train(training) if normed else None
     maps = [torch.randn(3, c, 2, 3, dtype=torch.float64, requires_grad=True) for c in channels]
 
     def run(*inputs):
-        return merge.fused(list(inputs[:3]), norm)
+        maps = inputs[:len(channels)]
+        return merge.fused(*maps, norm, nn.ReLU()) if kind is SumMerge else merge.fused(list(maps), norm)
 
     inputs = (*maps, *merge.parameters(), *(norm.parameters() if normed else ()))
     assert torch.autograd.gradcheck(run, inputs) and torch.autograd.gradgradcheck(run, inputs)
@@ -150,6 +116,14 @@ def test_batchnorm_is_torchs(kwargs, training):
     torch.testing.assert_close(norm.state_dict(), reference.state_dict())
 
 
+class Watched(nn.Parameter):
+    """As libraries have them: functions of it are their own."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
 def statistics_elsewhere(merge):
     norm = nn.BatchNorm2d(6)
     norm.running_mean, norm.running_var = norm.running_mean.to('meta'), norm.running_var.to('meta')
@@ -162,6 +136,7 @@ MISFITS = {
     'norm elsewhere': lambda merge: nn.BatchNorm2d(6, device='meta'),
     'wide norm': lambda merge: nn.BatchNorm2d(6, dtype=torch.float64),
     'W1 of fewer channels': lambda merge: setattr(merge.mix, 'weight1', nn.Parameter(torch.randn(16, 11))),
+    'W2 of another class': lambda merge: setattr(merge.mix, 'weight2', Watched(merge.mix.weight2.data)),
     'W2 elsewhere': lambda merge: setattr(merge.mix, 'weight2', nn.Parameter(merge.mix.weight2.to('meta'))),
 }
 
@@ -276,7 +251,7 @@ def test_what_changes_a_modules_call_is_obeyed(how, training):
 
 
 @both_modes
-@pytest.mark.parametrize('path', ['bn3', 'act3', 'merge', 'merge.mix', 'conv3', 'downsample', 'downsample.1', ''])
+@pytest.mark.parametrize('path', ['bn3', 'act3', 'merge', 'merge.mix', 'conv3', 'downsample'])
 def test_hooks_see_what_they_see_in_the_plain_formula(path, training):
     stage = network('awm_resnet26d').layer2.double().train(training)
     x = torch.randn(4, 256, 6, 6, dtype=torch.float64)
@@ -375,27 +350,6 @@ def test_what_the_kernels_cannot_read_is_left_to_torch():
         assert merge.fused(x, x, norm) is None
 
 
-def test_gradients_that_others_hold_stay_as_they_are():
-    def run(model):
-        kept = []
-        layer = model.features.denseblock1.denselayer3
-        layer.register_forward_pre_hook(lambda module, args: [x.register_hook(kept.append) for x in args[0]] and None)
-        model(images(dtype=torch.float64)).square().mean().backward()
-        return {str(i): g for i, g in enumerate(kept)}
-
-    plain, fused = both(network('awm_densenet22_cifar').double(), run)
-    assert len(plain) == 3 and difference(plain, fused) < 1e-9
-
-
-def test_backward_twice():
-    model = network('awm_resnet14_cifar').double()
-    loss = model(images(dtype=torch.float64)).square().mean()
-    loss.backward(retain_graph=True)
-    once = {n: p.grad.clone() for n, p in model.named_parameters()}
-    loss.backward()
-    assert difference({n: 2 * g for n, g in once.items()}, {n: p.grad for n, p in model.named_parameters()}) < 1e-14
-
-
 @pytest.mark.parametrize('name', ['awm_resnet14_cifar', 'awm_densenet22_cifar'])
 def test_batches_of_gradients(name):
     x = images(dtype=torch.float64)
@@ -446,18 +400,11 @@ def test_the_step_keeps_no_more_than_the_plain_network():
         assert kept[True] < (0.85 if 'dense' in name else 1.1) * kept[False], name
 
 
-def test_frozen_layers_before_a_merge_need_no_gradient():
-    model = create('awm_resnet14_cifar')
-    freeze(model, 'layer1')
-    model(images()).sum().backward()
-    assert all((p.grad is None) == n.startswith('layer1.') for n, p in model.named_parameters())
-
-
 MERGE = """
-import torch, timm_awm
+import torch
 from timm_awm.layers import SumMerge
 merge, x = SumMerge(4), torch.ones(2, 4, 3, 3)
-print(timm_awm.__file__, merge.fused(x, x) is not None, torch.equal(merge(x, x), 2 * x))
+print(merge.fused(x, x) is not None, torch.equal(merge(x, x), 2 * x))
 """
 
 
@@ -468,7 +415,7 @@ def run_merge(*flags, before='', **env):
 
 def test_what_was_replaced_before_the_import_is_obeyed():
     result = run_merge(before='from torch import nn; nn.ReLU.forward = lambda self, x: x')
-    assert result.stdout.endswith(' False True\n'), result.stderr
+    assert result.stdout.endswith('False True\n'), result.stderr
 
 
 @pytest.mark.parametrize('env, why', [
@@ -476,21 +423,15 @@ def test_what_was_replaced_before_the_import_is_obeyed():
 def test_where_they_cannot_be_built_the_plain_formula_is_used_and_said_once(env, why, tmp_path):
     env = {'TORCHINDUCTOR_CACHE_DIR': str(tmp_path), **{k: v.format(tmp_path) for k, v in env.items()}}
     result = run_merge('-W', 'error::UserWarning', **env)
-    assert result.stdout.endswith(' False True\n'), result.stderr
+    assert result.stdout.endswith('False True\n'), result.stderr
     assert result.stderr.count('could not be built') == 1
     assert re.search(f'(?s)need g.. or clang.*TORCHINDUCTOR_CACHE_DIR.*TIMM_AWM_FUSED=0.*({why})', result.stderr)
 
 
-def test_the_package_in_a_zip_file(tmp_path):
-    path = shutil.make_archive(str(tmp_path / 'package'), 'zip', Path(timm_awm.__file__).parents[1], 'timm_awm')
-    result = run_merge('-P', PYTHONPATH=path)
-    assert result.stdout.startswith(path) and result.stdout.endswith(' True True\n'), result.stderr
-
-
-@pytest.mark.parametrize('value, fused', [('0', False), ('1', True), ('2', True), ('true', True)])
+@pytest.mark.parametrize('value, fused', [('0', False), ('true', True)])
 def test_the_environment_says_how_the_switch_starts(value, fused):
     result = run_merge(TIMM_AWM_FUSED=value)
-    assert result.stdout.endswith(f' {fused} True\n')
+    assert result.stdout.endswith(f'{fused} True\n')
     assert ("is 0 (off), 1 (on) or 2 (on accelerators too); 'true'" in result.stderr) == (value == 'true')
 
 
@@ -498,7 +439,7 @@ def test_the_environment_says_how_the_switch_starts(value, fused):
 def test_building_is_said_once_and_nothing_else(tmp_path):
     for times in (1, 0):
         result = run_merge(TORCHINDUCTOR_CACHE_DIR=str(tmp_path), CUDA_HOME=str(tmp_path))
-        assert result.stdout.endswith(' True True\n')
+        assert result.stdout.endswith('True True\n')
         assert result.stderr.count('timm_awm builds its fused merge, once') == times and 'CUDA' not in result.stderr
 
 

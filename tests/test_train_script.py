@@ -1,11 +1,10 @@
-"""timm's own train.py, validate.py and benchmark.py, unmodified, run by timm-awm with the recipes of this repository.
+"""timm's own train.py and validate.py, unmodified, run by timm-awm with the recipes of this repository.
 
 No wheel of timm contains its scripts: set TIMM_TRAIN_SCRIPT to the train.py of a clone of timm.
 """
 import csv
 import json
 import os
-import random
 import re
 import signal
 import subprocess
@@ -109,13 +108,6 @@ def test_plain_control_and_validate(data, tmp_path):
     assert json.loads(result.stdout.split('--result')[1])['top1'] == pytest.approx(float(row['eval_top1']), abs=1e-3)
 
 
-def test_benchmark(tmp_path):
-    result = run(
-        'benchmark', '--model', 'awm_resnet14_cifar', '--device', 'cpu', '--precision', 'float32', '-b', 2,
-        '--num-bench-iter', 10, '--num-warm-iter', 1, '--bench', 'train', cwd=tmp_path)
-    assert '"model": "awm_resnet14_cifar"' in result.stdout and '"train_samples_per_sec"' in result.stdout
-
-
 def test_two_processes_train_like_one(data, tmp_path):
     # one update an epoch of all 64 images, so that their order does not matter, and no statistics over a batch
     args = ('--opt-kwargs', 'base=sgd', 'period=1', 'filter_bias_and_bn=False', '--epochs', 6, '--no-aug',
@@ -131,19 +123,6 @@ def test_two_processes_train_like_one(data, tmp_path):
     assert epochs(log.stderr) == [(str(i), 'bm'[i % 2]) for i in range(6)]
     one, two = (load_state_dict(str(tmp_path / name / 'last.pth.tar')) for name in ('run', 'two'))
     torch.testing.assert_close(two, one, rtol=1e-3, atol=1e-5)
-
-
-def assert_same_checkpoints(one, two, count, kills):
-    """State of the network and of the optimizer after every epoch, to the last bit.
-
-    A run that is killed between two names that timm gives a checkpoint goes on from it, and does not make up the other.
-    """
-    saved = [epoch for epoch in range(count) if (two / f'checkpoint-{epoch}.pth.tar').exists()]
-    assert len(saved) >= count - kills and saved[-1] == count - 1
-    for epoch in saved:
-        a, b = (torch.load(folder / f'checkpoint-{epoch}.pth.tar', weights_only=False) for folder in (one, two))
-        for key in ('epoch', 'state_dict', 'optimizer'):
-            assert same(a[key], b[key]), f'epoch {epoch}, {key}'
 
 
 def workers(agent):
@@ -169,36 +148,13 @@ def test_elastic_restart_goes_on_in_the_right_phase(data, tmp_path):
     first = int(epochs(after)[0][0])
     assert first >= 3 and epochs(before)[:3] == [('0', 'b'), ('1', 'b'), ('2', 'm')]
     assert epochs(after) == [(str(i), 'bbmm'[i % 4]) for i in range(first, 8)]
-    assert_same_checkpoints(tmp_path / 'run', tmp_path / 'killed', 8, kills=1)
-
-
-def test_killed_anywhere_and_resumed(data, tmp_path, kills=3, count=14, seed=0):
-    args = (*PERIOD_2, '--epochs', count, '--no-aug', '--device-modules', 'killable', '--resume', 'auto')
-    recipe = 'cifar10_short/awm_resnet14_cifar'
-    train(recipe, data, tmp_path, *args)
-    command = [sys.executable, '-m', 'timm_awm', *arguments(recipe, data, tmp_path, *args, '--experiment', 'killed')]
-    moments = random.Random(seed)
-    left = kills
-    while True:
-        log = tmp_path / 'log'
-        with log.open('w') as file, subprocess.Popen(
-                command, cwd=tmp_path, env=environment(tmp_path), stdout=file, stderr=file,
-                start_new_session=True) as process:
-            while not epochs(log.read_text()) and process.poll() is None:
-                time.sleep(.01)
-            if left:
-                time.sleep(moments.uniform(0, 1.5))
-                assert process.poll() is None, 'the run was over before it had been killed often enough'
-                os.killpg(process.pid, signal.SIGKILL)
-            status = process.wait()
-        text = log.read_text()
-        seen = epochs(text)
-        assert seen == [(str(i), 'bbmm'[i % 4]) for i in range(int(seen[0][0]), int(seen[-1][0]) + 1)], text[-3000:]
-        if not left:
-            break
-        left -= 1
-    assert status == 0 and int(seen[-1][0]) == count - 1, text[-3000:]
-    assert_same_checkpoints(tmp_path / 'run', tmp_path / 'killed', count, kills)
+    saved = [e for e in range(8) if (tmp_path / 'killed' / f'checkpoint-{e}.pth.tar').exists()]
+    assert len(saved) >= 7 and saved[-1] == 7  # the one that was just being saved is not made up
+    for epoch in saved:
+        one, two = (torch.load(tmp_path / name / f'checkpoint-{epoch}.pth.tar', weights_only=False)
+                    for name in ('run', 'killed'))
+        for key in ('epoch', 'state_dict', 'optimizer'):
+            assert same(one[key], two[key]), f'epoch {epoch}, {key}'
 
 
 def test_errors_reach_the_user(data, tmp_path):

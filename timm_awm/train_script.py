@@ -5,7 +5,7 @@ import functools
 import inspect
 import sys
 from types import ModuleType
-from typing import Any, Callable, List, Optional
+from typing import Any, Callable, Optional
 
 import numpy as np
 import timm
@@ -17,16 +17,6 @@ from timm.utils import random_seed
 from torchvision import transforms
 
 from . import optim
-
-__all__ = ['pad4_crop']
-
-_MARK = '_timm_awm'  # on our wrappers, so that a reload wraps nothing twice
-
-
-def pad4_crop(img_size: Any) -> List[Any]:
-    """The paper's crop for training: resize, pad by 4 zeros, crop at random. An integer is the side of a square."""
-    size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
-    return [transforms.Resize(size), transforms.RandomCrop(size, padding=4)]
 
 
 def install() -> None:
@@ -53,10 +43,7 @@ def _is_train_script(module: ModuleType) -> bool:
 
 def _wrap(owner: Any, name: str, wrapper: Callable[[Callable], Callable]) -> None:
     function = getattr(owner, name)
-    if not hasattr(function, _MARK):
-        wrapped = functools.wraps(function)(wrapper(function))
-        setattr(wrapped, _MARK, True)
-        setattr(owner, name, wrapped)
+    setattr(owner, name, functools.wraps(function)(wrapper(function)))
 
 
 def _with_epoch(train_one_epoch: Callable) -> Callable:
@@ -79,6 +66,8 @@ def _with_epoch(train_one_epoch: Callable) -> Callable:
 
 
 def _with_pad4(transforms_imagenet_train: Callable) -> Callable:
+    """The paper's crop for training: resize, pad by 4 zeros, crop at random. An integer is the side of a square."""
+
     def with_pad4(img_size: Any = 224, *args: Any, train_crop_mode: Optional[str] = None, **kwargs: Any) -> Any:
         if train_crop_mode != 'pad4':
             return transforms_imagenet_train(img_size, *args, train_crop_mode=train_crop_mode, **kwargs)
@@ -88,7 +77,8 @@ def _with_pad4(transforms_imagenet_train: Callable) -> Callable:
             raise RuntimeError(
                 f'train_crop_mode pad4 cannot replace the first transform of timm {timm.__version__}, {steps[0]!r}: '
                 'use one of the timm versions that timm_awm was tested with.')
-        steps[:1] = pad4_crop(img_size)
+        size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
+        steps[:1] = transforms.Resize(size), transforms.RandomCrop(size, padding=4)
         return result
 
     return with_pad4

@@ -14,6 +14,7 @@
 #include <type_traits>
 #include <vector>
 
+// Without branches, which c10::BFloat16 has: loops with those are not vectorised, and take up to ten times as long.
 struct bfloat16 {
     uint16_t bits;
 
@@ -55,6 +56,15 @@ struct Rows {
     int64_t offset, rows, stride;
     Lanes lanes;
 };
+
+// Calls body(lane, index in the map).
+template <typename Lanes, typename Body>
+static inline void each(const Rows<Lanes>& r, const Body& body) {
+    for (int64_t row = 0, start = r.offset; row < r.rows; ++row, start += r.stride) {
+        #pragma omp simd
+        for (int64_t i = 0; i < r.lanes; ++i) body(i, start + i);
+    }
+}
 
 template <int O, typename Lanes, typename Body>
 static void in_blocks(const Rows<Lanes>& r, const A** in, A** out, const Body& body) {
@@ -157,17 +167,11 @@ static void moments(const Shape& s, const T* x, A* mean, A* var) {
         }
     }
     for_rows<1, 2>(s, {shift.data()}, {mean, with_var ? var : nullptr}, [=](auto r, const A** in, A** out) {
-        const A* shift = in[0];
-        A *sum = out[0], *squares = out[1];
-        const T* x_ = x + r.offset;
-        for (int64_t row = 0; row < r.rows; ++row, x_ += r.stride) {
-            #pragma omp simd
-            for (int64_t i = 0; i < r.lanes; ++i) {
-                const A d = A(x_[i]) - shift[i];
-                sum[i] += d;
-                if (with_var) squares[i] += d * d;
-            }
-        }
+        each(r, [=, shift = in[0], sum = out[0], squares = out[1]](int64_t i, int64_t j) {
+            const A d = A(x[j]) - shift[i];
+            sum[i] += d;
+            if (with_var) squares[i] += d * d;
+        });
     });
     for (int64_t i = 0; i < s.N * s.C; ++i) {
         const A m = mean[i] / s.P;
@@ -206,6 +210,7 @@ struct Merge {
     Array mu = Array(C), sigma2 = Array(C), k = Array(C), t = Array(C);  // BatchNorm is k·x + t
     Array z = Array(N * D), h = Array(N * E), scale = Array(N * K), slope = Array(N * K);  // slope: of log σ
     Array w = Array(N * C);  // of u's channels, the scale of their path
+    Array grad_k, grad_t, grad_var, grad_mean;
     Array weighed_mean = Array(v ? 0 : N * C), weighed_var = Array(v || running_mean ? 0 : N * C);
 
     const A* array(int i) const { return (const A*)in[i]; }
@@ -310,17 +315,11 @@ struct Merge {
 
     template <bool two, bool relu>
     void affine_act(T* y) const {
-        for_rows<3, 1>(s, {a, two ? b : a, c}, {nullptr}, [=, u = u, v = v](auto r, const A** in, A**) {
-            const A *a = in[0], *b = in[1], *c = in[2];
-            const T *u_ = u + r.offset, *v_ = two ? v + r.offset : u_;
-            T* y_ = y + r.offset;
-            for (int64_t row = 0; row < r.rows; ++row, u_ += r.stride, v_ += r.stride, y_ += r.stride) {
-                #pragma omp simd
-                for (int64_t i = 0; i < r.lanes; ++i) {
-                    const A t = affine<two>(a[i], A(u_[i]), b[i], A(v_[i]), c[i]);
-                    y_[i] = relu && t <= 0 ? A(0) : t;  // NaN passes, as in torch
-                }
-            }
+        for_rows<3, 1>(s, {a, two ? b : a, c}, {nullptr}, [=, u = u, v = two ? v : u](auto r, const A** in, A**) {
+            each(r, [=, a = in[0], b = in[1], c = in[2]](int64_t i, int64_t j) {
+                const A t = affine<two>(a[i], A(u[j]), b[i], A(v[j]), c[i]);
+                y[j] = relu && t <= 0 ? A(0) : t;  // NaN passes, as in torch
+            });
         });
     }
 
@@ -328,20 +327,15 @@ struct Merge {
     void affine_act_sums(const T* grad, A* grad_a, A* grad_b, A* grad_c) const {
         for_rows<3, 3>(
                 s, {a, two ? b : a, c}, {grad_a, two ? grad_b : nullptr, grad_c},
-                [=, u = u, v = v](auto r, const A** in, A** out) {
+                [=, u = u, v = two ? v : u](auto r, const A** in, A** out) {
             const A *a = in[0], *b = in[1], *c = in[2];
-            A *sum_a = out[0], *sum_b = out[1], *sum_c = out[2];
-            const T *grad_ = grad + r.offset, *u_ = u + r.offset, *v_ = two ? v + r.offset : u_;
-            for (int64_t row = 0; row < r.rows; ++row, grad_ += r.stride, u_ += r.stride, v_ += r.stride) {
-                #pragma omp simd
-                for (int64_t i = 0; i < r.lanes; ++i) {
-                    const A t = affine<two>(a[i], A(u_[i]), b[i], A(v_[i]), c[i]);
-                    const A g = through_relu<relu>(A(grad_[i]), t);
-                    sum_a[i] += g * A(u_[i]);
-                    if (two) sum_b[i] += g * A(v_[i]);
-                    sum_c[i] += g;
-                }
-            }
+            each(r, [=, sum_a = out[0], sum_b = out[1], sum_c = out[2]](int64_t i, int64_t j) {
+                const A t = affine<two>(a[i], A(u[j]), b[i], A(v[j]), c[i]);
+                const A g = through_relu<relu>(A(grad[j]), t);
+                sum_a[i] += g * A(u[j]);
+                if (two) sum_b[i] += g * A(v[j]);
+                sum_c[i] += g;
+            });
         });
     }
 
@@ -351,27 +345,19 @@ struct Merge {
             const T* grad, const A* scale, const A* shift, const A* shift_v, T* grad_u, T* grad_v) const {
         for_rows<6, 1>(
                 s, {a, two ? b : a, c, scale, shift, two ? shift_v : a}, {nullptr},
-                [=, u = u, v = v](auto r, const A** in, A**) {
+                [=, u = u, v = two ? v : u](auto r, const A** in, A**) {
             const A *a = in[0], *b = in[1], *c = in[2], *scale = in[3], *shift = in[4], *shift_v = in[5];
-            const T *grad_ = grad + r.offset, *u_ = u + r.offset, *v_ = two ? v + r.offset : u_;
-            T *grad_u_ = grad_u + r.offset, *grad_v_ = two ? grad_v + r.offset : nullptr;
-            for (int64_t row = 0; row < r.rows; ++row) {
-                #pragma omp simd
-                for (int64_t i = 0; i < r.lanes; ++i) {
-                    const A t = affine<two>(a[i], A(u_[i]), b[i], A(v_[i]), c[i]);
-                    const A g = through_relu<relu>(A(grad_[i]), t);
-                    grad_u_[i] = a[i] * g + (scale[i] * A(u_[i]) + shift[i]);
-                    if (two) grad_v_[i] = b[i] * g + shift_v[i];
-                }
-                grad_ += r.stride, u_ += r.stride, v_ += r.stride, grad_u_ += r.stride;
-                if (two) grad_v_ += r.stride;
-            }
+            each(r, [=](int64_t i, int64_t j) {
+                const A t = affine<two>(a[i], A(u[j]), b[i], A(v[j]), c[i]);
+                const A g = through_relu<relu>(A(grad[j]), t);
+                grad_u[j] = a[i] * g + (scale[i] * A(u[j]) + shift[i]);
+                if (two) grad_v[j] = b[i] * g + shift_v[i];
+            });
         });
     }
 
-    // Of m, the mean of what is normalised. Adds to grad_m; grad_var, of its variance, is the same for all images.
-    void normalise_backward(
-            const A* m, const A* grad_k, const A* grad_t, A* grad_m, A* grad_var, A* grad_gamma, A* grad_beta) const {
+    // Of m, the mean of what is normalised. Adds to grad_mean; grad_var, of its variance, is the same for all images.
+    void normalise_backward(const A* m, A* grad_gamma, A* grad_beta) {
         for (int64_t c = 0; c < C; ++c) {
             const A r = 1 / std::sqrt(sigma2[c] + eps), grad = grad_k[c] - mu[c] * grad_t[c];
             grad_gamma[c] = r * grad;
@@ -379,7 +365,7 @@ struct Merge {
             grad_var[c] = running_mean ? A(0) : -gamma[c] * r * r * r * grad / (2 * N);
         }
         if (!running_mean) for_all([&](int64_t, int64_t c, int64_t i) {
-            grad_m[i] += 2 * grad_var[c] * (m[i] - mu[c]) - k[c] * grad_t[c] / N;
+            grad_mean[i] += 2 * grad_var[c] * (m[i] - mu[c]) - k[c] * grad_t[c] / N;
         });
     }
 
@@ -421,18 +407,15 @@ struct Merge {
             affine_act_sums<two(), relu()>(grad, grad_a.data(), grad_b.data(), grad_c.data());
         });
         infer();
-        Array grad_k(C), grad_t(C), grad_var(C), grad_w(N * C), grad_scale(N * K), grad_z(N * D), grad_mean(N * C);
-        const auto normalise_backward = [&](const A* m) {
-            this->normalise_backward(
-                m, grad_k.data(), grad_t.data(), grad_mean.data(), grad_var.data(), grad_gamma, grad_beta);
-        };
+        Array grad_w(N * C), grad_scale(N * K), grad_z(N * D);
+        grad_k.resize(C), grad_t.resize(C), grad_var.resize(C), grad_mean.resize(N * C);
         for_all([&](int64_t, int64_t c, int64_t i) {
             grad_w[i] = grad_a[i] * k[c] + (v ? grad_c[i] * t[c] : A(0));
             grad_k[c] += grad_a[i] * w[i];
             grad_t[c] += v ? grad_c[i] * w[i] : grad_c[i];
         });
         if (!v) {
-            normalise_backward(weighed_mean.data());
+            normalise_backward(weighed_mean.data(), grad_gamma, grad_beta);
             for_all([&](int64_t, int64_t c, int64_t i) {
                 grad_w[i] += grad_mean[i] * mean[i];
                 if (!running_mean) grad_w[i] += 2 * w[i] * var[i] * grad_var[c];
@@ -451,7 +434,7 @@ struct Merge {
                 grad_k[c] += grad_z[n * D + c] * mean[i];
                 grad_t[c] += grad_z[n * D + c];
             });
-            normalise_backward(mean);
+            normalise_backward(mean, grad_gamma, grad_beta);
         }
         Array u_scale(N * C), u_shift(N * C), v_shift(N * C);
         for_all([&](int64_t n, int64_t c, int64_t i) {

@@ -47,15 +47,10 @@ def is_available(dtype: torch.dtype) -> bool:
 
 
 def merge(operands: Operands, overwrite: bool = False) -> Tuple[Tensor, Tensor, Tensor]:
-    """act(a · u + b · v + c), the coefficients a, b and c inferred from all maps.
-
-    Args:
-        operands: What it is computed from, on the CPU.
-        overwrite: Whether the result may be written over u.
+    """act(a · u + b · v + c), the coefficients a, b and c inferred from all maps; overwrite writes it over u.
 
     Returns:
-        The merged map; what `merge_backward` needs, (6, batch, channels): a, b, c, the mean and the variance of u and
-        the mean of v, where they are used; the mean and the variance that BatchNorm uses, (2, channels).
+        The merged map; what `merge_backward` needs, (6, batch, channels); BatchNorm's mean and variance, (2, channels).
     """
     u, v = _dense_maps(operands)
     y = u if overwrite else torch.empty_like(u)
@@ -66,13 +61,7 @@ def merge(operands: Operands, overwrite: bool = False) -> Tuple[Tensor, Tensor, 
 
 
 def merge_backward(grad: Tensor, saved: Tensor, operands: Operands) -> Tuple[Any, ...]:
-    """The gradients of u, v (None without v), weight1, weight2, gamma and beta.
-
-    Args:
-        grad: The gradient of the result.
-        saved: As from `merge`.
-        operands: As for `merge`.
-    """
+    """The gradients of u, v (None without v), weight1, weight2, gamma and beta, from that of the result."""
     u, v = _dense_maps(operands)
     of_maps = torch.empty_like(u), None if v is None else torch.empty_like(u)
     of_parameters = [

@@ -35,9 +35,8 @@ def set_fused_merge(enable: bool = True, experimental: bool = False) -> None:
 
     The environment variable TIMM_AWM_FUSED (0: off, 1: on, 2: experimental too) says how it starts.
 
-    Off, a merge is computed by the plain formula, and an AWM network at the identity start gives bit for bit the output
-    of the plain network. On, it differs by the rounding of floating point. Merges that cannot be fused, and those of a
-    compiled network, are computed by the plain formula anyway.
+    Off, merges are computed by the plain formula, as those that cannot be fused always are, and at the identity start a
+    network gives bit for bit the output of the plain one. On, it differs by the rounding of floating point.
 
     Args:
         enable: Fuse on CPUs, where a C++ compiler is found.
@@ -53,8 +52,7 @@ _trusted: List[Tuple[Any, str, Any]] = []
 
 
 def trust(owner: Any, *names: str) -> None:
-    """Remember functions as they are; one that is replaced already, by neither torch, timm nor this package, is not
-    trusted."""
+    """Remember functions as they are, if they are torch's, timm's or this package's own."""
     for name in names:
         function = getattr(owner, name)
         module = getattr(function, '__module__', None) or 'torch'  # torch's built-in functions have none
@@ -71,8 +69,7 @@ trust(torch, 'batch_norm', 'relu', 'relu_', 'conv2d')
 
 def _can_fuse(
         merge: Any, maps: Sequence[Tensor], norm: Any, skipped: Sequence[Tuple[Any, type]], is_sum: bool) -> bool:
-    """Whether a merge can be fused: nothing is skipped that somebody has changed, and C++, which reads memory, finds
-    what it expects. A module is trusted only if it is exactly of its class and nothing hangs on its call."""
+    """Whether nothing is skipped that somebody has changed, and C++, which reads memory, finds what it expects."""
     if not _enabled or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
     first = maps[0]
@@ -98,10 +95,12 @@ def _can_fuse(
     if norm is not None:
         parameters = [weight1, weight2, norm._parameters.get('weight'), norm._parameters.get('bias')]
         statistics = [norm._buffers['running_mean'], norm._buffers['running_var']]
-        if first.numel() == first.shape[1] and uses_batch_statistics(norm):
+        if first.numel() == first.shape[1] and (norm.training or statistics[0] is None):
+            return False  # BatchNorm's error
+    for p in parameters:
+        own = issubclass(type(p), nn.Parameter) and type(p).__torch_function__ is nn.Parameter.__torch_function__
+        if not (own or type(p) is Tensor) or p.device != device:
             return False
-    if not all([(issubclass(type(p), nn.Parameter) or type(p) is Tensor) and p.device == device for p in parameters]):
-        return False
     if weight1.shape != (len(weight1), channels) or weight2.shape != (len(maps), len(weight1)):
         return False
     width, wide = first.shape[1] if is_sum else channels, wide_dtype(first)  # of a sum, the branch is normalised
@@ -109,11 +108,6 @@ def _can_fuse(
         if p is not None and (p.dtype != wide or p.device != device or p.shape != (width,)):
             return False
     return cpu.is_available(dtype) if device.type in _CPP_DEVICES else _experimental
-
-
-def uses_batch_statistics(norm: nn.BatchNorm2d) -> bool:
-    """As BatchNorm itself decides."""
-    return norm.training or norm._buffers['running_mean'] is None
 
 
 def _update_running(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor, count: int) -> None:
@@ -187,13 +181,7 @@ def fuse(
         conv: Any = None,
 ) -> Optional[Tensor]:
     """A merge with the BatchNorm and the ReLU beside it, fused; or None, with nothing done, where it cannot be fused.
-
-    Args:
-        merge: `SumMerge` or `ConcatMerge`, whose `fused` tells the other arguments.
-        maps: Branch and shortcut, or what is concatenated: (batch, channels[i], height, width).
-        skipped: Further modules whose call is skipped, None if absent, and the class that each must be of.
-        is_sum: Else it is a concatenation.
-    """
+    The merge's own `fused` tells the arguments; skipped are modules, or None, and the class that each must be of."""
     if not _can_fuse(merge, maps, norm, skipped, is_sum):
         return None
     first, own = maps[0], merge.mix._parameters
@@ -207,7 +195,7 @@ def fuse(
         of_norm = ones, 0 * ones, 0 * ones, 1 * ones  # the identity
     else:
         buffers = norm._buffers
-        running = (None, None) if uses_batch_statistics(norm) else (buffers['running_mean'], buffers['running_var'])
+        running = (None, None) if norm.training else (buffers['running_mean'], buffers['running_var'])
         of_norm = norm._parameters['weight'], norm._parameters['bias'], *running
     weights = own['weight1'].to(dtype), own['weight2'].to(dtype)
     operands = Operands.of(is_sum, 0. if norm is None else norm.eps, act is not None, *weights, *of_norm, *maps)

@@ -27,20 +27,10 @@ class SumMerge(nn.Module):
 
     def __init__(self, channels: int, hidden_features: int = 16, device: Any = None, dtype: Any = None) -> None:
         super().__init__()
-        self.channels = channels
         self.mix = MixingWeights(2 * channels, 2, hidden_features, device=device, dtype=dtype)
 
-    def extra_repr(self) -> str:
-        return f'channels={self.channels}'
-
     def forward(self, branch: Tensor, shortcut: Tensor) -> Tensor:
-        """
-        Args:
-            branch: F(x), (batch, channels, height, width).
-            shortcut: x, of the same shape.
-
-        Returns:
-            The merged map, of the same shape, in the dtype of branch.
+        """Merges F(x) and x, both (batch, channels, height, width), in the dtype of branch.
 
         Raises:
             ValueError: The paths have more or fewer channels.
@@ -56,14 +46,8 @@ class SumMerge(nn.Module):
     def fused(
             self, branch: Tensor, shortcut: Tensor, norm: Any = None, act: Any = None, conv: Any = None,
     ) -> Optional[Tensor]:
-        """act(self(norm(branch), shortcut)), fused; or None, with nothing done, where it cannot be fused.
-
-        Args:
-            branch, shortcut: (batch, channels, height, width).
-            norm: BatchNorm2d, none if None.
-            act: ReLU, none if None.
-            conv: The convolution that made branch. Nobody else has it then, and without gradients it is overwritten.
-        """
+        """act(self(norm(branch), shortcut)), fused; or None, with nothing done, where it cannot be fused. norm is
+        BatchNorm2d, act ReLU, or None. If conv, a convolution, made branch, branch is overwritten without gradients."""
         return fuse(self, (branch, shortcut), norm, act, ((self, SumMerge), (act, nn.ReLU)), is_sum=True, conv=conv)
 
 
@@ -81,12 +65,7 @@ class ConcatMerge(nn.Module):
         self.mix = MixingWeights(sum(channels), len(channels), hidden_features, device=device, dtype=dtype)
 
     def forward(self, maps: List[Tensor]) -> Tensor:
-        """
-        Args:
-            maps: As many as there are channels entries, (batch, channels[i], height, width).
-
-        Returns:
-            (batch, sum(channels), height, width).
+        """Merges maps of (batch, channels[i], height, width) into (batch, sum(channels), height, width).
 
         Raises:
             ValueError: There are more or fewer maps, or channels.
@@ -102,12 +81,8 @@ class ConcatMerge(nn.Module):
         return weigh_concat(self.mix(descriptors(maps)), maps)
 
     def fused(self, maps: List[Tensor], norm: Any = None) -> Optional[Tensor]:
-        """norm(self(maps)), fused; or None, with nothing done, where it cannot be fused.
-
-        Args:
-            maps: As many as the merge has paths, (batch, channels[i], height, width).
-            norm: timm's BatchNormAct2d with a ReLU, none if None.
-        """
+        """norm(self(maps)), fused; or None, with nothing done, where it cannot be fused. norm is timm's BatchNormAct2d
+        with a ReLU, or None."""
         act, drop = getattr(norm, 'act', None), getattr(norm, 'drop', None)
         return fuse(self, maps, norm, act, ((self, ConcatMerge), (act, nn.ReLU), (drop, nn.Identity)), is_sum=False)
 

@@ -1,20 +1,18 @@
-"""λ from the descriptors of the paths: eq. 3 and 4 of the paper.
-
-Everything is computed in float32 (float64 for float64 maps) whatever the autocast.
-"""
+"""λ from the descriptors of the paths: eq. 3 and 4 of the paper, in float32 (float64 for float64 maps)."""
 import math
-from typing import Any, Dict, List, Tuple
+import weakref
+from typing import Any, Dict, Iterable, List, Tuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function
 
-from .registry import live
-
 __all__ = [
-    'MixingWeights', 'channel_mean', 'count_parameters', 'descriptors', 'is_mkldnn', 'mixing_logits',
-    'scaled_mixing_weights', 'weigh_concat', 'weigh_sum', 'wide_dtype']
+    'MixingWeights', 'channel_mean', 'count_parameters', 'descriptors', 'is_mkldnn', 'merge_parameters',
+    'mixing_logits', 'renew_compiled_guards', 'scaled_mixing_weights', 'weigh_concat', 'weigh_sum', 'wide_dtype']
+
+_live: 'weakref.WeakSet[nn.Module]' = weakref.WeakSet()
 
 
 def wide_dtype(x: Tensor) -> torch.dtype:
@@ -23,14 +21,7 @@ def wide_dtype(x: Tensor) -> torch.dtype:
 
 
 def channel_mean(x: Tensor) -> Tensor:
-    """Global average of every channel (eq. 3): the descriptor of a path.
-
-    Args:
-        x: A path, (batch, channels, height, width).
-
-    Returns:
-        (batch, channels), float32 or float64.
-    """
+    """Global average of every channel of a path (eq. 3), its descriptor: (batch, channels), float32 or float64."""
     if has_torch_function((x,)):  # a proxy of torch.fx, which knows no dtype
         return handle_torch_function(channel_mean, (x,), x)
     return x.mean((2, 3), dtype=wide_dtype(x))
@@ -42,18 +33,12 @@ def descriptors(maps: List[Tensor]) -> Tensor:
 
 
 def mixing_logits(z: Tensor, weight1: Tensor, weight2: Tensor) -> Tensor:
-    """The two FC layers, W2 · relu(W1 · Z): eq. 4 before its sigmoid.
+    """The two FC layers, W2 · relu(W1 · Z): eq. 4 before its sigmoid, (batch, paths).
 
     Args:
         z: Descriptors of all paths side by side, (batch, features), float32 or float64.
         weight1: W1, (hidden, features).
         weight2: W2, (paths, hidden).
-
-    Returns:
-        (batch, paths), in the dtype of z.
-
-    Raises:
-        ValueError: There are more or fewer features than W1 is for.
     """
     if torch.jit.is_scripting():
         # TorchScript can only switch autocast off for a device known when it compiles; float64 is what autocast skips
@@ -75,13 +60,7 @@ def scaled_mixing_weights(logits: Tensor) -> Tensor:
     """n · λ with λ = σ(l) / Σ σ(l): the sigmoid of eq. 4, normalised over the paths, times their number n.
 
     Computed as n · e / Σe, e = exp(logsigmoid(l) − max): the same numbers, finite when every sigmoid underflows, and
-    exactly 1 for equal logits, where n · softmax would round for some n (41, 47, ...).
-
-    Args:
-        logits: (batch, n).
-
-    Returns:
-        (batch, n), every row sums to n.
+    exactly 1 for equal logits, where n · softmax would round for some n (41, 47, ...). Both are (batch, n).
     """
     # logsigmoid, which ONNX would compute as log(sigmoid(l)): -inf for large negative logits, NaN for λ
     log_sigma = -F.softplus(-logits, threshold=40)
@@ -134,7 +113,7 @@ class MixingWeights(nn.Module):
         self.weight1 = nn.Parameter(torch.empty(hidden_features, num_features, device=device, dtype=dtype))
         self.weight2 = nn.Parameter(torch.empty(num_paths, hidden_features, device=device, dtype=dtype))
         self.reset_parameters()
-        live.add(self)
+        _live.add(self)
 
     def reset_parameters(self) -> None:
         nn.init.kaiming_uniform_(self.weight1, a=math.sqrt(5))
@@ -146,16 +125,10 @@ class MixingWeights(nn.Module):
 
     def __setstate__(self, state: Dict[str, Any]) -> None:
         super().__setstate__(state)
-        live.add(self)  # copied or unpickled
+        _live.add(self)  # copied or unpickled
 
     def forward(self, z: Tensor) -> Tensor:
-        """
-        Args:
-            z: Descriptors side by side, (batch, num_features), float32 or float64.
-
-        Returns:
-            n · λ, (batch, num_paths).
-        """
+        """n · λ, (batch, num_paths), from descriptors side by side, (batch, num_features), float32 or float64."""
         return scaled_mixing_weights(mixing_logits(z, self.weight1, self.weight2))
 
 
@@ -164,3 +137,17 @@ def count_parameters(model: nn.Module) -> Tuple[int, int, int]:
     merges = [m for m in model.modules() if isinstance(m, MixingWeights)]
     in_merges = sum(p.numel() for m in merges for p in m.parameters())
     return sum(p.numel() for p in model.parameters()), in_merges, len(merges)
+
+
+def merge_parameters() -> List[nn.Parameter]:
+    """The parameters of all merges that are alive in this process: optimizers, which get no model, ask for them."""
+    return [p for mix in list(_live) for p in mix.parameters()]
+
+
+def renew_compiled_guards(params: Iterable[Tensor]) -> None:
+    """Makes compiled networks with merges of these parameters look again at which require gradients: torch.compile
+    trusts a module whose dict of parameters is the same. In 2.9 it does not see `requires_grad_`, in 2.14 it does."""
+    own = {id(p) for p in params}
+    for mix in list(_live):
+        if any(id(p) in own for p in mix.parameters()):
+            mix._parameters = dict(mix._parameters)

@@ -1,5 +1,5 @@
 """Reading λ out of a model."""
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Callable, Dict, Iterator, Mapping, Optional
 
 import torch
@@ -16,16 +16,12 @@ def record_mixing_weights(model: nn.Module) -> Iterator[Dict[str, Tensor]]:
     """Collect the mixing weights λ of every merge during the forward passes made inside the `with` block.
 
     Works on the model itself, a DDP wrapper, an EMA copy or a compiled model (which runs eagerly inside the block).
-    Outside the block nothing is computed or kept.
 
     Example::
 
         with record_mixing_weights(model) as lambdas:
             model(images)
         lambdas['layer1.0.merge']  # (batch, 2): the weight of F(x) and that of x, they sum to 1
-
-    Args:
-        model: A model with merges.
 
     Yields:
         A dict, filled by each forward pass anew: name of the merge -> (batch, paths), in order of execution. The λ can
@@ -44,11 +40,7 @@ def record_mixing_weights(model: nn.Module) -> Iterator[Dict[str, Tensor]]:
 
 
 def find_merges(model: nn.Module) -> Dict[str, MixingWeights]:
-    """What infers λ in each merge of a model, itself or wrapped, by the name of the merge.
-
-    Raises:
-        ValueError: The model has no merge.
-    """
+    """Finds what infers λ in each merge of a model, itself or wrapped, by the name of the merge."""
     mixes = {
         name.removesuffix('.mix'): module
         for name, module in unwrap_model(model).named_modules()
@@ -72,13 +64,8 @@ def hook_merges(
         mixes: As from `find_merges`.
         hook: Gets and returns (batch, paths); None changes nothing.
     """
-    def hook_of(name: str) -> Callable[..., Optional[Tensor]]:
-        return lambda module, args, scales: hook(name, module, scales)
-
-    handles = [mix.register_forward_hook(hook_of(name)) for name, mix in mixes.items()]
-    try:
-        with torch.compiler.set_stance('force_eager'):  # compiled code would not call the hooks
-            yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as stack:
+        for name, mix in mixes.items():
+            stack.enter_context(mix.register_forward_hook(lambda mix, _, scales, name=name: hook(name, mix, scales)))
+        stack.enter_context(torch.compiler.set_stance('force_eager'))  # compiled code would not call the hooks
+        yield

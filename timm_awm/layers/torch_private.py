@@ -1,6 +1,4 @@
-"""Names of torch that are not public, for there are no others. tests/test_fused.py fails where one is gone or means
-something else.
-"""
+"""Names of torch that are not public, for there are no others. tests/test_fused.py fails where one has changed."""
 import ctypes
 import logging
 from typing import Any, Callable
@@ -40,12 +38,7 @@ def is_exactly(module: Any, cls: Any) -> bool:
 
 
 def load_cpp(source: str, before_build: Callable[[], None]) -> ctypes.CDLL:
-    """Compiles C++ as torch.compile does, or takes it from torch's cache.
-
-    Args:
-        source: Its text.
-        before_build: Is called if it is not in the cache.
-    """
+    """Compiles C++ as torch.compile does, or takes it from torch's cache; else before_build is called."""
     log = logging.getLogger('torch.utils.cpp_extension')  # warns of CUDA_HOME where there is no GPU
     disabled, log.disabled = log.disabled, True
     try:

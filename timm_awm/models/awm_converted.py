@@ -2,7 +2,6 @@
 from typing import Any, Dict, Optional
 
 from timm.models import (
-    ResNet,
     filter_pretrained_cfg,
     generate_default_cfgs,
     get_pretrained_cfg,
@@ -12,10 +11,9 @@ from timm.models import (
     register_model,
     split_model_name_tag,
 )
-from timm.models.densenet import DenseBlock, DenseLayer
 from torch import nn
 
-from .builder import AWM_BLOCKS, AWM_CLASSES, AwmModel, add_merges, create_awm_model
+from .builder import add_merges, create_awm_model
 from .checkpoint import identity_cfg
 
 __all__ = ['convert']
@@ -26,10 +24,9 @@ GENERIC = 'awm_converted'
 def convert(model: nn.Module, awm_hidden: Optional[int] = None) -> nn.Module:
     """Gives one of timm's own ResNets or DenseNets AWM merges: changes the model itself, and returns it.
 
-    Trained or not, on any device, in any dtype and mode, it computes what it did before (bit for bit, if merges are not
-    fused: `set_fused_merge`), for every merge is at the identity start. Its parameters stay the same objects with the
-    same names; hooks stay too. Merges stand where the sums and concatenations were, behind attention and drop path. It
-    is then ready for the alternating optimizer and for `timm_awm.hub.save_for_hub`. A copy: convert(deepcopy(model)).
+    On any device, in any dtype and mode, it computes what it did before (bit for bit, if merges are not fused:
+    `set_fused_merge`), for every merge is at the identity start. Its parameters stay the same objects with the same
+    names; hooks stay too. Merges stand behind attention and drop path. A copy: convert(deepcopy(model)).
 
     Args:
         model: A `timm.models.ResNet` of timm's blocks, with whatever arguments, a `timm.models.DenseNet`, or a plain
@@ -37,12 +34,8 @@ def convert(model: nn.Module, awm_hidden: Optional[int] = None) -> nn.Module:
         awm_hidden: Width e of the merges' hidden layers, 16 for ResNets and 24 for DenseNets if not given.
 
     Raises:
-        TypeError: It is no such model; it is unchanged then.
+        TypeError: It is no such model, or has merges; it is unchanged then.
     """
-    problem = _problem(model)
-    if problem:
-        raise TypeError(f'{problem} timm_awm.convert takes ResNets and DenseNets of timm: the network itself, before '
-                        'it is wrapped, compiled or scripted.')
     add_merges(model, awm_hidden)
     args = {k: v for k, v in getattr(model, '_model_args', {}).items() if k != 'awm'}  # timm's record of them
     if awm_hidden is not None:
@@ -62,26 +55,6 @@ def convert(model: nn.Module, awm_hidden: Optional[int] = None) -> nn.Module:
         }
     model._model_args = args
     return model
-
-
-def _problem(model: nn.Module) -> str:
-    """Why a model cannot be converted; empty if it can."""
-    if isinstance(model, AwmModel):
-        return f'This {type(model).__name__} has merges already.'
-    if type(model) not in AWM_CLASSES:
-        return f'{type(model).__module__}.{type(model).__name__} is none of the classes that get merges.'
-    if isinstance(model, ResNet):
-        blocks = [block for i in range(1, 5) for block in getattr(model, f'layer{i}').children()]
-    else:
-        blocks = [block for block in model.features.children() if isinstance(block, DenseBlock)]
-        if any(type(layer) is not DenseLayer for block in blocks for layer in block.children()):
-            return f"A dense block of this {type(model).__name__} is made of other layers than timm's DenseLayer."
-    unknown = {type(block).__name__ for block in blocks if type(block) not in AWM_BLOCKS}
-    if unknown:
-        return (
-            f"This {type(model).__name__} is made of {', '.join(sorted(unknown))}; there is a merge for timm's own "
-            f"{', '.join(cls.__name__ for cls in AWM_BLOCKS)} only.")
-    return '' if blocks else f'This {type(model).__name__} has no blocks.'
 
 
 default_cfgs = generate_default_cfgs({

@@ -9,7 +9,7 @@ Papers:
 * `Densely Connected Convolutional Networks` - https://arxiv.org/abs/1608.06993
 """
 from functools import partial
-from typing import Any, Callable, Dict, List, Tuple
+from typing import Any, Dict, List, Tuple
 
 import torch
 from timm.models import DenseNet
@@ -50,13 +50,7 @@ class AwmDenseBlock(DenseBlock):
         return list(zip([*layers[1:], block], merges))
 
     def forward(self, x: Tensor) -> Tensor:
-        """
-        Args:
-            x: (batch, channels, height, width).
-
-        Returns:
-            The merged maps, (batch, channels + layers * growth_rate, height, width).
-        """
+        """The merged maps, (batch, channels + layers * growth_rate, height, width)."""
         maps: List[Tensor] = []
         for child in self.values():  # the layers, then the merge
             maps.append(x)
@@ -106,28 +100,18 @@ class AwmCifarDenseNet(AwmDenseNet, CifarDenseNet):
 AWM_BLOCKS[DenseBlock] = AwmDenseBlock
 AWM_CLASSES.update({DenseNet: AwmDenseNet, CifarDenseNet: AwmCifarDenseNet})
 
-CIFAR_CFG = dict(CIFAR10_CFG, first_conv='features.conv0', classifier='classifier')
-
 default_cfgs: Dict[str, Any] = {}
-_register = partial(register_awm_model, globals(), feature_cfg=dict(flatten_sequential=True))
 
-awm_densenet121 = _register('awm_densenet121')
-awm_densenet161 = _register('awm_densenet161')
-awm_densenet169 = _register('awm_densenet169')
-awm_densenet201 = _register('awm_densenet201')
+for _name in ('awm_densenet121', 'awm_densenet161', 'awm_densenet169', 'awm_densenet201'):
+    register_awm_model(globals(), _name, feature_cfg=dict(flatten_sequential=True))
 
-
-def _register_cifar(name: str, layers: int) -> Callable[..., nn.Module]:
-    """With so many layers in each of three blocks."""
-    return _register(
-        name,
-        partial(CifarDenseNet, growth_rate=12, block_config=(layers,) * 3),
-        CIFAR_CFG,
+for _name, _layers in {  # in each of three blocks
+    'awm_densenet22_cifar': 3, 'awm_densenet28_cifar': 4, 'awm_densenet34_cifar': 5, 'awm_densenet40_cifar': 6,
+}.items():
+    register_awm_model(
+        globals(),
+        _name,
+        partial(CifarDenseNet, growth_rate=12, block_config=(_layers,) * 3),
+        dict(CIFAR10_CFG, first_conv='features.conv0', classifier='classifier'),
         feature_cfg=dict(flatten_sequential=True, out_indices=(0, 1, 2, 3)),
     )
-
-
-awm_densenet22_cifar = _register_cifar('awm_densenet22_cifar', 3)
-awm_densenet28_cifar = _register_cifar('awm_densenet28_cifar', 4)
-awm_densenet34_cifar = _register_cifar('awm_densenet34_cifar', 5)
-awm_densenet40_cifar = _register_cifar('awm_densenet40_cifar', 6)

@@ -11,7 +11,7 @@ Papers:
 * `Wide Residual Networks` - https://arxiv.org/abs/1605.07146
 """
 from functools import partial
-from typing import Any, Callable, Dict, List, Optional, Tuple, Union
+from typing import Any, Dict, List, Optional, Tuple, Union
 
 from timm.models import BasicBlock, Bottleneck, ResNet
 from timm.models._features import feature_take_indices  # private: there is no other
@@ -31,26 +31,15 @@ class CifarResNet(ResNet):
     """The ResNet of 6n + 2 layers for 32x32 images, of timm's blocks: a 3x3 stem and three stages of strides 1, 2, 4.
 
     Args:
-        output_stride: 4, or 2 for a dilated last stage.
-        **kwargs: As for `timm.models.ResNet`, but those of the stem.
+        **kwargs: As for `timm.models.ResNet`, but those of the stem; output_stride is 4 times the network's.
     """
 
     def __init__(
-            self,
-            *args: Any,
-            in_chans: int = 3,
-            output_stride: int = 4,
-            device: Any = None,
-            dtype: Any = None,
-            **kwargs: Any,
-    ) -> None:
-        if output_stride not in (2, 4):
-            raise ValueError(f'A CIFAR ResNet has an output stride of 2 or 4, not {output_stride}.')
+            self, *args: Any, in_chans: int = 3, device: Any = None, dtype: Any = None, **kwargs: Any) -> None:
         # timm's stem and strides are made for large images: build with those, four times too coarse, then correct
         super().__init__(
             *args,
             in_chans=in_chans,
-            output_stride=4 * output_stride,
             channels=(16, 32, 64),
             stem_type='deep',
             stem_width=8,
@@ -95,48 +84,26 @@ class AwmCifarResNet(AwmResNet, CifarResNet):
 
 AWM_CLASSES.update({ResNet: AwmResNet, CifarResNet: AwmCifarResNet})
 
-CIFAR_CFG = dict(CIFAR10_CFG, first_conv='conv1', classifier='fc')
-
 default_cfgs: Dict[str, Any] = {}
 # zero_init_last would make F zero, which leaves no descriptor to weigh it by; alike in the control
 _register = partial(register_awm_model, globals(), zero_init_last=False)
 
-awm_resnet18 = _register('awm_resnet18')
-awm_resnet18d = _register('awm_resnet18d')
-awm_resnet26 = _register('awm_resnet26')
-awm_resnet26d = _register('awm_resnet26d')
-awm_resnet34 = _register('awm_resnet34')
-awm_resnet34d = _register('awm_resnet34d')
-awm_resnet50 = _register('awm_resnet50')
-awm_resnet50d = _register('awm_resnet50d')
-awm_resnet101 = _register('awm_resnet101')
-awm_resnet101d = _register('awm_resnet101d')
-awm_resnet152 = _register('awm_resnet152')
-awm_resnet152d = _register('awm_resnet152d')
-awm_resnext50_32x4d = _register('awm_resnext50_32x4d')
-awm_resnext50d_32x4d = _register('awm_resnext50d_32x4d')
-awm_resnext101_32x4d = _register('awm_resnext101_32x4d')
-awm_resnext101_32x8d = _register('awm_resnext101_32x8d')
-awm_resnext101_32x16d = _register('awm_resnext101_32x16d')
-awm_resnext101_32x32d = _register('awm_resnext101_32x32d')
-awm_resnext101_64x4d = _register('awm_resnext101_64x4d')
-awm_wide_resnet50_2 = _register('awm_wide_resnet50_2')
-awm_wide_resnet101_2 = _register('awm_wide_resnet101_2')
+for _name in (
+    'awm_resnet18', 'awm_resnet26', 'awm_resnet34', 'awm_resnet50', 'awm_resnet101', 'awm_resnet152',
+    'awm_resnet18d', 'awm_resnet26d', 'awm_resnet34d', 'awm_resnet50d', 'awm_resnet101d', 'awm_resnet152d',
+    'awm_resnext50_32x4d', 'awm_resnext50d_32x4d', 'awm_resnext101_32x4d', 'awm_resnext101_32x8d',
+    'awm_resnext101_32x16d', 'awm_resnext101_32x32d', 'awm_resnext101_64x4d',
+    'awm_wide_resnet50_2', 'awm_wide_resnet101_2',
+):
+    _register(_name)
 
-
-def _register_cifar(name: str, blocks: int) -> Callable[..., nn.Module]:
-    """With so many blocks in each of three stages."""
-    return _register(
-        name,
-        partial(CifarResNet, block=BasicBlock, layers=(blocks,) * 3),
-        CIFAR_CFG,
+for _name, _blocks in {  # in each of three stages
+    'awm_resnet14_cifar': 2, 'awm_resnet20_cifar': 3, 'awm_resnet32_cifar': 5,
+    'awm_resnet44_cifar': 7, 'awm_resnet56_cifar': 9, 'awm_resnet110_cifar': 18,
+}.items():
+    _register(
+        _name,
+        partial(CifarResNet, block=BasicBlock, layers=(_blocks,) * 3),
+        dict(CIFAR10_CFG, first_conv='conv1', classifier='fc'),
         feature_cfg=dict(out_indices=(0, 1, 2, 3)),
     )
-
-
-awm_resnet14_cifar = _register_cifar('awm_resnet14_cifar', 2)
-awm_resnet20_cifar = _register_cifar('awm_resnet20_cifar', 3)
-awm_resnet32_cifar = _register_cifar('awm_resnet32_cifar', 5)
-awm_resnet44_cifar = _register_cifar('awm_resnet44_cifar', 7)
-awm_resnet56_cifar = _register_cifar('awm_resnet56_cifar', 9)
-awm_resnet110_cifar = _register_cifar('awm_resnet110_cifar', 18)

@@ -12,7 +12,7 @@ from ..layers import SumMerge
 from .builder import AWM_BLOCKS
 
 
-class SumBlock:
+class SumBlock(nn.Module):
     """Mixin of the blocks that end in a sum."""
 
     @staticmethod
@@ -22,13 +22,16 @@ class SumBlock:
         weight = next(last.parameters())
         return [(block, SumMerge(last.out_channels, device=weight.device, dtype=weight.dtype, **kwargs))]
 
-    def fused_end(self: Any, x: Tensor, shortcut: Tensor, conv: Any, norm: Any, act: Any) -> Optional[Tensor]:
-        """The end of a block from its last norm on, fused; None where it cannot be.
+    def merged(self, x: Tensor, shortcut: Tensor) -> Tensor:
+        """The end of a block between its last norm and its last activation: both (batch, channels, height, width)."""
+        if self.se is not None:
+            x = self.se(x)
+        if self.drop_path is not None:
+            x = self.drop_path(x)
+        return self.merge(x, shortcut)
 
-        Args:
-            x: What the last convolution conv made, (batch, channels, height, width).
-            shortcut: Of the same shape.
-        """
+    def fused_end(self, x: Tensor, shortcut: Tensor, conv: Any, norm: Any, act: Any) -> Optional[Tensor]:
+        """act(merged(norm(x), shortcut)), x from the last convolution, conv, fused; None where it cannot be."""
         if self.se is not None or self.drop_path is not None or not isinstance(self.merge, SumMerge):
             return None
         return self.merge.fused(x, shortcut, norm, act, conv)
@@ -49,18 +52,11 @@ class AwmBasicBlock(SumBlock, BasicBlock):
         x = self.conv2(x)
         if self.downsample is not None:
             shortcut = self.downsample(shortcut)
-
         if not torch.jit.is_scripting():
             fused = self.fused_end(x, shortcut, self.conv2, self.bn2, self.act2)
             if fused is not None:
                 return fused
-
-        x = self.bn2(x)
-        if self.se is not None:
-            x = self.se(x)
-        if self.drop_path is not None:
-            x = self.drop_path(x)
-        return self.act2(self.merge(x, shortcut))
+        return self.act2(self.merged(self.bn2(x), shortcut))
 
 
 class AwmBottleneck(SumBlock, Bottleneck):
@@ -82,25 +78,18 @@ class AwmBottleneck(SumBlock, Bottleneck):
         x = self.conv3(x)
         if self.downsample is not None:
             shortcut = self.downsample(shortcut)
-
         if not torch.jit.is_scripting():
             fused = self.fused_end(x, shortcut, self.conv3, self.bn3, self.act3)
             if fused is not None:
                 return fused
-
-        x = self.bn3(x)
-        if self.se is not None:
-            x = self.se(x)
-        if self.drop_path is not None:
-            x = self.drop_path(x)
-        return self.act3(self.merge(x, shortcut))
+        return self.act3(self.merged(self.bn3(x), shortcut))
 
 
 class AwmBottle2neck(SumBlock, Bottle2neck):
     """Res2Net's block with a merge."""
 
     def forward(self, x: Tensor) -> Tensor:
-        shortcut = x
+        shortcut = x if self.downsample is None else self.downsample(x)
 
         x = self.conv1(x)
         x = self.bn1(x)
@@ -122,13 +111,7 @@ class AwmBottle2neck(SumBlock, Bottle2neck):
 
         x = self.conv3(x)
         x = self.bn3(x)
-        if self.se is not None:
-            x = self.se(x)
-        if self.drop_path is not None:
-            x = self.drop_path(x)
-        if self.downsample is not None:
-            shortcut = self.downsample(shortcut)
-        return self.relu(self.merge(x, shortcut))
+        return self.relu(self.merged(x, shortcut))
 
 
 class AwmResNestBottleneck(SumBlock, ResNestBottleneck):
@@ -159,37 +142,24 @@ class AwmResNestBottleneck(SumBlock, ResNestBottleneck):
         return self.act3(self.merge(out, shortcut))
 
 
-class AwmSelectiveKernelBasic(SumBlock, SelectiveKernelBasic):
+class SelectiveKernelBlock(SumBlock):
+    """Mixin of the blocks of selective kernel networks."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = x if self.downsample is None else self.downsample(x)
+        x = self.conv1(x)
+        x = self.conv2(x)
+        if hasattr(self, 'conv3'):
+            x = self.conv3(x)
+        return self.act(self.merged(x, shortcut))
+
+
+class AwmSelectiveKernelBasic(SelectiveKernelBlock, SelectiveKernelBasic):
     """The basic block of selective kernel networks with a merge."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        shortcut = x
-        x = self.conv1(x)
-        x = self.conv2(x)
-        if self.se is not None:
-            x = self.se(x)
-        if self.drop_path is not None:
-            x = self.drop_path(x)
-        if self.downsample is not None:
-            shortcut = self.downsample(shortcut)
-        return self.act(self.merge(x, shortcut))
 
-
-class AwmSelectiveKernelBottleneck(SumBlock, SelectiveKernelBottleneck):
+class AwmSelectiveKernelBottleneck(SelectiveKernelBlock, SelectiveKernelBottleneck):
     """The bottleneck block of selective kernel networks with a merge."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        shortcut = x
-        x = self.conv1(x)
-        x = self.conv2(x)
-        x = self.conv3(x)
-        if self.se is not None:
-            x = self.se(x)
-        if self.drop_path is not None:
-            x = self.drop_path(x)
-        if self.downsample is not None:
-            shortcut = self.downsample(shortcut)
-        return self.act(self.merge(x, shortcut))
 
 
 AWM_BLOCKS.update({

@@ -6,14 +6,16 @@ from safetensors import SafetensorError
 from timm.models import (
     build_model_with_cfg,
     generate_default_cfgs,
+    get_arch_pretrained_cfgs,
     model_entrypoint,
     register_model,
     register_notrace_module,
 )
+from timm.models.densenet import DenseLayer
 from torch import nn
 
 from ..layers import ConcatMerge, SumMerge
-from .checkpoint import SAFETENSORS, checkpoint_filter, checkpoint_problem, identity_cfgs
+from .checkpoint import SAFETENSORS, checkpoint_filter, checkpoint_problem, identity_cfg
 
 __all__ = [
     'AWM_BLOCKS', 'AWM_CLASSES', 'CIFAR10_CFG', 'AwmModel', 'add_merges', 'create_awm_model', 'register_awm_model']
@@ -42,7 +44,7 @@ class AwmModel(nn.Module):
     """Mixin that makes one of timm's model classes a class with merges.
 
     Args:
-        awm_hidden: Width e of the merges' hidden layers; that of the paper and its authors if not given.
+        awm_hidden: As for `add_merges`.
         **kwargs: As for timm's class.
     """
 
@@ -51,11 +53,7 @@ class AwmModel(nn.Module):
         add_merges(self, awm_hidden)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """As `torch.nn.Module.load_state_dict`.
-
-        Raises:
-            RuntimeError: The checkpoint does not fit; says what it is and what to do.
-        """
+        """As `torch.nn.Module.load_state_dict`; its RuntimeError says what the checkpoint is and what to do."""
         try:
             return super().load_state_dict(state_dict, strict=strict, assign=assign)
         except RuntimeError as error:
@@ -69,15 +67,20 @@ def add_merges(model: nn.Module, awm_hidden: Optional[int] = None) -> nn.Module:
     they were, so that with the same seed the plain network gets the same weights, order of data and augmentations.
 
     Args:
-        model: Of a class in AWM_CLASSES.
+        model: Of a class in AWM_CLASSES, made of blocks in AWM_BLOCKS.
         awm_hidden: Width e of the merges' hidden layers; that of the paper and its authors if not given.
 
     Raises:
-        TypeError: It is of another class.
+        TypeError: It is of another class, or of other blocks.
     """
     model_class = type(model) if isinstance(model, AwmModel) else AWM_CLASSES.get(type(model))
-    if model_class is None:
-        raise TypeError(f"This {type(model).__name__} is no ResNet or DenseNet of timm: there is no merge for it.")
+    known = (*AWM_BLOCKS, DenseLayer)
+    blocks = {type(module) for module in model.modules() if isinstance(module, known)}
+    if model_class is None or not blocks or not blocks.issubset(known):
+        raise TypeError(
+            f"This {type(model).__name__} of {', '.join(sorted(block.__name__ for block in blocks)) or 'other blocks'} "
+            "gets no merges: timm_awm takes timm's ResNets and DenseNets of timm's own blocks, without merges yet; the "
+            'network itself, before it is wrapped, compiled or scripted.')
     hidden = {} if awm_hidden is None else dict(hidden_features=awm_hidden)
     with torch.random.fork_rng(devices=[]):  # the order of the data is that of the plain network's run, too
         for block in list(model.modules()):
@@ -102,18 +105,15 @@ def create_awm_model(
         feature_cfg: Optional[Mapping[str, Any]] = None,
         **kwargs: Any,
 ) -> nn.Module:
-    """Builds an AWM model or its plain control.
+    """Builds an AWM model or its plain control, by `timm.models.build_model_with_cfg`.
 
     Args:
         variant: Name of the AWM model.
         plain: Builds the plain network.
-        pretrained: Load pretrained weights.
         awm: False builds the plain control.
-        awm_hidden: Width e of the merges' hidden layers; that of the paper and its authors if not given.
-        pretrained_cfg: As for `timm.models.build_model_with_cfg`, like all further arguments.
+        awm_hidden: As for `add_merges`.
 
     Raises:
-        ValueError: `awm` is neither True nor False.
         RuntimeError: The weights are damaged or do not fit.
     """
     if not isinstance(awm, bool):  # a text that looks like no would build the network with merges
@@ -142,24 +142,28 @@ def register_awm_model(
         plain: Optional[Callable[..., nn.Module]] = None,
         cfg: Optional[Dict[str, Any]] = None,
         **defaults: Any,
-) -> Callable[..., nn.Module]:
-    """Makes an entry point, registers it with timm, and returns it.
+) -> None:
+    """Registers an entry point with timm, and puts it into its module.
 
     Args:
         module: globals() of the file, whose `default_cfgs` gets the model's.
         name: Of the AWM model.
-        plain: Builds the plain network; None: timm's of the same name, with its checkpoints as starts.
+        plain: Builds the plain network; None: timm's of the same name, whose checkpoints, with the merges at the
+            identity, are its starts: `resnet50.a1_in1k` becomes `awm_resnet50.a1_in1k_identity`.
         cfg: The pretrained_cfg of a model without weights.
         **defaults: Arguments of `create_awm_model` that callers may override.
     """
-    build = plain or model_entrypoint(name.removeprefix('awm_'))
+    base = name.removeprefix('awm_')
+    build = plain or model_entrypoint(base)
 
     def entrypoint(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         return create_awm_model(name, build, pretrained, **dict(defaults, **kwargs))
 
     entrypoint.__name__ = entrypoint.__qualname__ = name
     entrypoint.__module__ = module['__name__']
-    entrypoint.__doc__ = f'{name.removeprefix("awm_")} with AWM merges.'
-    cfgs = {f'{name}.untrained': cfg} if cfg else identity_cfgs(name)
+    entrypoint.__doc__ = f'{base} with AWM merges.'
+    cfgs: Dict[str, Any] = {f'{name}.untrained': cfg} if cfg else {
+        f'awm_{key}_identity': identity_cfg(own, name)
+        for key, own in get_arch_pretrained_cfgs(base).items() if own.hf_hub_id}
     module['default_cfgs'].update(generate_default_cfgs(cfgs))
-    return register_model(entrypoint)
+    module[name] = register_model(entrypoint)

@@ -2,24 +2,13 @@
 from dataclasses import replace
 from typing import Any, Dict, Iterable, Mapping
 
-from timm.models import PretrainedCfg, get_arch_pretrained_cfgs
+from timm.models import PretrainedCfg
 from timm.models.densenet import _filter_torchvision_pretrained  # private: there is no other
 from torch import Tensor, nn
 
-__all__ = ['SAFETENSORS', 'checkpoint_filter', 'checkpoint_problem', 'identity_cfg', 'identity_cfgs']
+__all__ = ['SAFETENSORS', 'checkpoint_filter', 'checkpoint_problem', 'identity_cfg']
 
 SAFETENSORS = 'model.safetensors'
-
-
-def identity_cfgs(name: str) -> Dict[str, PretrainedCfg]:
-    """The installed timm's own checkpoints of a plain network, as starts for its AWM model, with the merges at the
-    identity: `resnet50.a1_in1k` of timm/resnet50.a1_in1k becomes `awm_resnet50.a1_in1k_identity`.
-
-    Args:
-        name: Of the AWM model.
-    """
-    plain = get_arch_pretrained_cfgs(name.removeprefix('awm_'))
-    return {f'awm_{key}_identity': identity_cfg(cfg, name) for key, cfg in plain.items() if cfg.hf_hub_id}
 
 
 def identity_cfg(cfg: PretrainedCfg, architecture: str) -> PretrainedCfg:
@@ -39,16 +28,8 @@ def identity_cfg(cfg: PretrainedCfg, architecture: str) -> PretrainedCfg:
 
 
 def checkpoint_filter(state_dict: Dict[str, Any], model: nn.Module) -> Dict[str, Any]:
-    """timm's `pretrained_filter_fn` of all AWM models. Lets a plain checkpoint start one at the identity, and refuses
-    one that is not whole: timm loads that without a word where the classes differ.
-
-    Args:
-        state_dict: As it was read.
-        model: The new model, with its `pretrained_cfg`.
-
-    Raises:
-        RuntimeError: Tensors other than all merges or the classifier are missing.
-    """
+    """timm's `pretrained_filter_fn` of all AWM models. Lets a plain checkpoint start one at the identity; raises a
+    RuntimeError for one that is not whole, which timm loads without a word where the classes differ."""
     state_dict = _filter_torchvision_pretrained(state_dict)
     own = model.state_dict()
     merges = {k: v for k, v in own.items() if _is_merge_key(k)}

@@ -24,28 +24,24 @@ _OPTIONS = ('base', 'period', 'merge_period')  # in defaults and groups, as torc
 class Alternating(Optimizer):
     """Trains backbone and merges in alternating epochs, with any optimizer of timm's registry.
 
-    While one side trains, the other is frozen: it gets no gradient, no step, no weight decay and no momentum, and its
-    optimizer state does not change (except for MADGRAD's step count, which both sides share).
-
-    Frozen parameters have `requires_grad` False until their phase comes, `unfreeze` is called, the optimizer is
-    deleted, or another one is made over them. What the user freezes, before or meanwhile, stays frozen. Copies of a
-    model are not frozen.
+    While one side trains, the other is frozen: `requires_grad` is False, there is no step, weight decay or momentum,
+    and its optimizer state waits (except for MADGRAD's step count, which both share). It thaws when its phase comes,
+    by `unfreeze`, when the optimizer is deleted, or another one is made over it. What the user freezes, before or
+    meanwhile, stays frozen. Copies of a model are not frozen.
 
     Each parameter group is split by side, named in its key 'side'; its key 'epoch' saves the current epoch.
     torch.distributed.checkpoint loads only what was saved after each side has had a phase. Hooks of `step` get this
     optimizer, those of `state_dict` and `load_state_dict` its base.
 
     Args:
-        params: Parameters or parameter groups. The groups of another alternating optimizer bring its base, periods and
-            epoch.
+        params: Parameters or parameter groups. Groups of another alternating optimizer bring its base, periods, epoch.
         base: Name of the optimizer in timm's registry.
         period: Epochs of a backbone phase (the paper's t); 0 trains both sides jointly, as `base` does.
         merge_period: Epochs of a merge phase (default: as long as a backbone phase).
         **kwargs: lr, weight_decay, ... of the base, as for `timm.optim.create_optimizer_v2`.
 
     Raises:
-        ValueError: There is nothing to train on a side, the base is unknown, a period is out of range, or a parameter
-            group has an argument that is the optimizer's.
+        ValueError: There is nothing to train on a side, or an argument, also of a parameter group, is wrong.
     """
 
     def __init__(
@@ -111,11 +107,7 @@ class Alternating(Optimizer):
 
     @property
     def phase(self) -> str:
-        """The phase of the current epoch: 'backbone', 'merge' or 'joint'.
-
-        Raises:
-            RuntimeError: `set_epoch` has not been called.
-        """
+        """The phase of the current epoch: 'backbone', 'merge' or 'joint'. A RuntimeError without an epoch."""
         if self.schedule.period and self.epoch is None:
             raise RuntimeError(
                 "The alternating optimizer does not know the epoch. timm's train.py tells it if --device-modules "
@@ -126,8 +118,7 @@ class Alternating(Optimizer):
     def set_epoch(self, epoch: int) -> None:
         """Start an epoch, counted from 0: freezes the side that does not train in it.
 
-        Call it before the epoch's first forward pass, and after wrapping the model in DDP. Between a forward pass and
-        its backward pass, a change of phase makes this one step train nothing.
+        Call it before the epoch's first forward pass, and after wrapping the model in DDP.
 
         Raises:
             ValueError: The epoch is not a whole number of at least 0.
@@ -170,10 +161,8 @@ class Alternating(Optimizer):
         return self.base.state_dict()
 
     def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
-        """Load a state; the saved epoch goes on.
-
-        No side is frozen before the next `set_epoch`: DDP, which may wrap the model in between, ignores frozen
-        parameters for good.
+        """Load a state. No side is frozen before the next `set_epoch`: DDP, which may wrap the model in between,
+        ignores frozen parameters for good.
 
         Raises:
             ValueError: The state is that of another optimizer, base, periods or parameter groups.

@@ -5,11 +5,8 @@ from torch import Tensor, nn
 
 
 class IdleParameter(nn.Parameter):
-    """A parameter that waits for its phase, with `requires_grad` False.
-
-    Whoever sets `requires_grad`, to True or to False, makes it an ordinary parameter again, which `thaw` leaves alone.
-    Copies, also unpickled ones, are ordinary parameters that require gradients.
-    """
+    """A parameter that waits for its phase. Setting `requires_grad`, to True or to False, makes it an ordinary one, and
+    `thaw` leaves it alone. Copies, also unpickled ones, are ordinary parameters that require gradients."""
 
     requires_grad = property(lambda self: False, lambda self, value: self.requires_grad_(value))
 

@@ -8,11 +8,7 @@ BACKBONE, MERGE, JOINT = 'backbone', 'merge', 'joint'
 
 @dataclass(frozen=True)
 class PhaseSchedule:
-    """Epochs of the backbone, then epochs of the merges, repeated: the arguments of `Alternating`.
-
-    Raises:
-        ValueError: A period is out of range.
-    """
+    """Epochs of the backbone, then epochs of the merges, repeated: the arguments of `Alternating`."""
     period: int = 3
     merge_period: Optional[int] = None
 
