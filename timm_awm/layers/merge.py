@@ -29,6 +29,9 @@ class SumMerge(nn.Module):
         super().__init__()
         self.mix = MixingWeights(2 * channels, 2, hidden_features, device=device, dtype=dtype)
 
+    def extra_repr(self) -> str:
+        return f'channels={self.mix.weight1.shape[1] // 2}'
+
     def forward(self, branch: Tensor, shortcut: Tensor) -> Tensor:
         """Merges F(x) and x, both (batch, channels, height, width), in the dtype of branch.
 
