@@ -219,3 +219,8 @@ def test_merge_parameters_knows_copies_and_forgets_the_dead(duplicate):
     del net
     gc.collect()
     assert not known(parameter)
+
+
+def test_a_merge_prints_its_channels_and_its_width():
+    text = str(SumMerge(64))
+    assert 'channels=64' in text and 'hidden_features=16' in text
