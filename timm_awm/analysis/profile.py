@@ -51,29 +51,23 @@ def between_class_share(values: np.ndarray, labels: np.ndarray) -> Optional[floa
     return float((sums ** 2 / counts).sum() / (deviations ** 2).sum())
 
 
-def plot_profiles(models: Mapping[str, Mapping[str, Tensor]], colors: Optional[Mapping[str, str]] = None) -> Figure:
+def plot_profiles(models: Mapping[str, Mapping[str, Tensor]]) -> Figure:
     """Draw the mean of λ1, the weight of the convolutional branch, over the merges of ResNets, and in a band around it
     the standard deviation over the images (Fig. 6: the variance).
 
     Args:
         models: Label of the model -> name of the merge -> (images, 2), as from `observe`.
-        colors: Label of the model -> its colour.
     """
-    return plot_depth({label: profile_merges(lambdas) for label, lambdas in models.items()}, colors)
+    return plot_depth({label: profile_merges(lambdas) for label, lambdas in models.items()})
 
 
-def plot_depth(lines: Mapping[str, Profiles], colors: Optional[Mapping[str, str]] = None) -> Figure:
-    """Draw profiles of ResNets, as `plot_profiles` does.
-
-    Args:
-        lines: Label -> profiles.
-        colors: Label -> its colour.
-    """
+def plot_depth(lines: Mapping[str, Profiles]) -> Figure:
+    """Draw profiles of ResNets by their labels, as `plot_profiles` does."""
     figure, ax = depth_figure(max(map(len, lines.values())))
     for label, profiles in lines.items():
         mean, std = np.array([(found.mean[0], found.std[0]) for found in profiles.values()]).T
         merges = range(1, len(profiles) + 1)
-        line, = ax.plot(merges, mean, color=(colors or {}).get(label), marker='o', label=literal(label))
+        line, = ax.plot(merges, mean, marker='o', label=literal(label))
         ax.fill_between(merges, mean - std, mean + std, color=line.get_color(), alpha=0.2)
     label_merges(ax, [list(profiles) for profiles in lines.values()])
     ax.axhline(0.5, color='black', linestyle='--', label='plain: both weigh the same')

@@ -1,31 +1,25 @@
 """The work of `timm-awm analyze`: every question for every model, on a data set, image by image."""
-import csv
 import json
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Optional, Sequence, Union
+from typing import Any, Dict, Mapping, Optional, Sequence, Union
 
 import numpy as np
 import timm
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from .. import __version__
 from ..hub.folder import REFERENCE
 from ..hub.training_run import data_name
+from ..layers import MixingWeights
 from ..utils import find_device, new_folder
 from .ablation import Ablation, ablate, plot_ablations
-from .discriminant import (
-    COMPONENTS,
-    PIXEL_BATCH,
-    as_features,
-    cumulative_match,
-    plot_cumulative_matches,
-    reduce_pixels,
-)
-from .inputs import ImageData, create_model
-from .names import folder_of, resolve_models
+from .discriminant import COMPONENTS, as_features, cumulative_match, plot_cumulative_matches, reduce_pixels
+from .inputs import ImageData
+from .names import Source, folder_of, load_model, resolve_models
 from .observed import Observed, observe
 from .profile import between_class_share, plot_paths, plot_profiles, profile_merges
 from .ranking import save_ranking
@@ -33,12 +27,11 @@ from .reference import write_reference
 
 __all__ = ['analyze']
 
+PIXEL_BATCH = 256  # images: enough for the principal components to settle
+
 
 def analyze(
         models: Sequence[str],
-        checkpoint: Sequence[str] = (),
-        num_classes: Optional[int] = None,
-        model_kwargs: Optional[Mapping[str, Any]] = None,
         split: str = 'validation',
         train_split: Optional[str] = None,
         ablation: bool = True,
@@ -46,12 +39,10 @@ def analyze(
         output: Union[str, Path] = 'timm-awm-analysis',
         **data: Any,
 ) -> Dict[str, Dict[str, Any]]:
-    """Analyse models on a data set, and leave arrays, tables and figures in a folder.
+    """Analyse models on a data set, and leave arrays, JSON and figures in a folder.
 
     Args:
         models: AWM models, as for `resolve_models`.
-        checkpoint: Files of train.py, one for each model (default: the models' own weights).
-        num_classes, model_kwargs: As for `create_model`.
         split: Split to analyse.
         train_split: Split to fit PCA and LDA on (default: leave both out).
         ablation: Set each merge back to the identity, and all.
@@ -64,28 +55,24 @@ def analyze(
 
     Raises:
         FileExistsError: The output folder exists.
-        ValueError: There are not as many checkpoints as models; or as `resolve_models`, `create_model`, `ImageData`.
+        ValueError: A model has no trained merges; or as `resolve_models`, `ImageData`.
     """
     settings = {key: value for key, value in {**locals(), **data}.items() if key not in ('data', 'output')}
-    if checkpoint and len(checkpoint) != len(models):
-        raise ValueError(f'{len(checkpoint)} checkpoints for {len(models)} models: give one for each.')
     output, on = Path(output), find_device(device)
     found = _Found(f'{data_name(data)[0]}, {split}', ablation)
     with new_folder(output) as partial, tempfile.TemporaryDirectory() as temporary:
-        sources = resolve_models(models, Path(temporary), checkpoint)
+        sources = resolve_models(models, Path(temporary))
         prepared = []  # all models and data, before hours go into the first
-        for (label, source), file in zip(sources.items(), checkpoint or [''] * len(models)):
-            name = f'local-dir:{source}' if isinstance(source, Path) else source
-            model = create_model(name, file, num_classes, model_kwargs)
-            splits = [ImageData(model, split=part, title=f'{label}, {part}', **data)
-                      for part in (split, train_split) if part]
+        for label, source in sources.items():
+            model = _load_trained(source, label)
+            splits = [ImageData(model, split=part, **data) for part in (split, train_split) if part]
             prepared.append((label, model, splits))
         for label, model, splits in prepared:
             found.add(label, model.to(on), partial / label, *splits)
             model.cpu()
         found.save(partial, settings)
     for name, (label, source) in zip(models, sources.items()):
-        if source == folder_of(name) and not checkpoint and not data.get('num_images'):
+        if source == folder_of(name) and not data.get('num_images'):
             # for `timm-awm explore`, and for who gets the folder; a sample is not worth it
             try:
                 shutil.copyfile(output / label / REFERENCE, Path(source) / REFERENCE)
@@ -96,24 +83,33 @@ def analyze(
     return found.summaries
 
 
+def _load_trained(source: Source, label: str) -> nn.Module:
+    model = load_model(source)
+    if not any(module.weight2.any() for module in model.modules() if isinstance(module, MixingWeights)):
+        raise ValueError(
+            f'{label} has no AWM merges, or all are at the identity start, lambda = 1/n for every image: there is '
+            'nothing to analyze. Name a run or a Hub folder of a trained AWM model.')
+    return model
+
+
 class _Found:
     """All findings, by the labels of the models."""
 
     def __init__(self, data: str, ablation: bool) -> None:
         self.data, self.ablation = data, ablation
-        self.rows: List[Dict[str, Any]] = []  # the lines of profile.csv
         self.summaries: Dict[str, Dict[str, Any]] = {}
         self.residual: Dict[str, Dict[str, Tensor]] = {}  # λ of the ResNets
         self.ablations: Dict[str, Ablation] = {}
         self.matches: Dict[str, np.ndarray] = {}
         self.pixels: Dict[str, np.ndarray] = {}  # by how images are prepared, for models that share it
-        self.colors: Dict[str, str] = {}  # one for a model and its curves, in all figures
 
     def add(self, label: str, model: nn.Module, folder: Path, test: ImageData, *train: ImageData) -> None:
         folder.mkdir()
-        self.colors[label] = f'C{len(self.summaries)}'
         seen = observe(model, test)
+        if train and not seen.labelled:
+            raise ValueError('PCA and LDA need labels of two classes or more: leave --train-split out.')
         labels = seen.labels.numpy()
+        said = [f'{label}: {len(labels):,} images']
         arrays: Dict[str, Any] = {name: value.numpy() for name, value in seen.lambdas.items()}
         summary = self.summaries[label] = dict(images=len(labels), merges=len(seen.lambdas))
         if seen.labelled:
@@ -123,12 +119,9 @@ class _Found:
                 top1=100 * float((seen.labels == seen.predictions).double().mean()),
                 between_class_share=between_class_share(np.hstack(list(arrays.values())), labels),
                 between_class_share_by_chance=(classes - 1) / (len(labels) - 1),
+                between_class_shares={name: between_class_share(value, labels) for name, value in arrays.items()},
             )
-        profiles = profile_merges(seen.lambdas)
-        self.rows += [
-            dict(model=label, merge=name, paths=len(mean), path=i + 1, mean=float(mean[i]), std=float(std[i]),
-                 between_class_share=between_class_share(arrays[name][:, i:i + 1], labels) if seen.labelled else None)
-            for name, (mean, std) in profiles.items() for i in range(len(mean))]
+            said.append(f'top-1 {summary["top1"]:.2f} %')
         write_reference(folder, seen, self.data)
         arrays.update(index=test.indices(len(labels)), label=labels, prediction=seen.predictions.numpy())
         np.savez_compressed(folder / 'lambda.npz', **arrays)
@@ -136,16 +129,15 @@ class _Found:
             self.residual[label] = seen.lambdas
             summary.update(save_ranking(folder, label, seen, test))
         else:
+            profiles = profile_merges(seen.lambdas)
             plot_paths(dict(mean=profiles), label, profiles).savefig(folder / 'profile.png', dpi=120)
         if self.ablation and seen.labelled:
-            test.title = f'{label}, merges held constant'
             self.ablations[label] = ablate(model, test, seen.lambdas)
             summary['ablation'] = self.ablations[label]._asdict()
+            said.append(f'{self.ablations[label].all:.2f} % with all merges at the identity')
         if train:
-            if not seen.labelled:
-                raise ValueError('PCA and LDA need labels of two classes or more: leave --train-split out.')
             summary['cumulative_match'] = self._match(label, observe(model, train[0]), seen, train[0], test)
-        print(_line(label, summary))
+        print(*said, sep=', ')
 
     def _match(
             self, label: str, fitted: Observed, seen: Observed, train: ImageData, test: ImageData) -> Dict[str, Any]:
@@ -155,42 +147,26 @@ class _Found:
         curve = cumulative_match(features[0], labels[0], features[1], labels[1])
         prepared = str(train.config)
         if prepared not in self.pixels:
-            components = min(COMPONENTS, len(labels[0]))
-            reduced = reduce_pixels(train.in_batches(PIXEL_BATCH), test.in_batches(PIXEL_BATCH), components)
+            batches = [DataLoader(data.loader.dataset, PIXEL_BATCH, num_workers=data.loader.num_workers)
+                       for data in (train, test)]
+            reduced = reduce_pixels(*batches, components=min(COMPONENTS, len(labels[0])))
             self.pixels[prepared] = cumulative_match(reduced[0], labels[0], reduced[1], labels[1])
         pixels = self.pixels[prepared]
-        names = f'{features[0].shape[1]} λ of {label}', f'{np.prod(train.config["input_size"]):,} pixels'
-        self.matches.update(zip(names, (curve, pixels)))
-        self.colors.update(zip(names, (self.colors[label], 'black')))
+        self.matches[f'{features[0].shape[1]} λ of {label}'] = curve
+        self.matches[f'{np.prod(train.config["input_size"]):,} pixels'] = pixels
         return dict(
             train_images=len(labels[0]), mixing_weights=curve.tolist(), pixels=pixels.tolist(),
             mean_difference=float((curve - pixels).mean()))
 
     def save(self, output: Path, settings: Mapping[str, Any]) -> None:
         """Writes what is about all models."""
-        with (output / 'profile.csv').open('w', newline='', encoding='utf-8') as file:
-            writer = csv.DictWriter(file, list(self.rows[0]))
-            writer.writeheader()
-            writer.writerows(self.rows)
         versions = dict(timm_awm=__version__, timm=timm.__version__, torch=torch.__version__)
         record = dict(models=self.summaries, settings=settings, **versions)
         text = json.dumps(record, indent=2, ensure_ascii=False, default=str)
         (output / 'summary.json').write_text(text, encoding='utf-8', errors='replace')
         if self.residual:
-            plot_profiles(self.residual, self.colors).savefig(output / 'profile.png', dpi=120)
+            plot_profiles(self.residual).savefig(output / 'profile.png', dpi=120)
         if self.ablations:
-            plot_ablations(self.ablations, self.colors).savefig(output / 'ablation.png', dpi=120)
+            plot_ablations(self.ablations).savefig(output / 'ablation.png', dpi=120)
         if self.matches:
-            plot_cumulative_matches(self.matches, self.colors).savefig(output / 'cumulative-match.png', dpi=120)
-
-
-def _line(label: str, summary: Mapping[str, Any]) -> str:
-    parts = [f'{summary["images"]:,} images']
-    if 'top1' in summary:
-        parts.append(f'top-1 {summary["top1"]:.2f} %')
-    if 'ablation' in summary:
-        parts.append(f'{summary["ablation"]["all"]:.2f} % with all merges at the identity')
-    if summary.get('between_class_share') is not None:
-        parts.append(f'{summary["between_class_share"]:.1%} of the variance of lambda between classes (by chance '
-                     f'{summary["between_class_share_by_chance"]:.1%})')
-    return f'{label}: {", ".join(parts)}'
+            plot_cumulative_matches(self.matches).savefig(output / 'cumulative-match.png', dpi=120)

@@ -92,13 +92,11 @@ def _about(model: Explored) -> str:
 
 def _effect(classes: Sequence[str], plain: Seen, seen: Seen) -> str:
     """Says what changed merges do to the prediction."""
-    p, q = plain.probabilities, seen.probabilities
-    if torch.equal(p, q):
+    if torch.equal(plain.probabilities, seen.probabilities):
         return ''
-    before, now = (_literal(classes[int(values.argmax())]) for values in (p, q))
-    old, new = int(p.argmax()), int(q.argmax())
-    text = f'As it is: **{before}** {p[old]:.1%}. With these merges: **{now}** {q[new]:.1%}'
-    return f'{text}.' if old == new else f'{text}, {before} {q[old]:.1%}.'
+    (p, old), (q, new) = (of.probabilities.max(0) for of in (plain, seen))
+    before, now = _literal(classes[int(old)]), _literal(classes[int(new)])
+    return f'As it is: **{before}** {p:.1%}. With these merges: **{now}** {q:.1%}.'
 
 
 def _figure(model: Explored, seen: Seen) -> Optional[str]:
