@@ -69,11 +69,12 @@ def reduce_pixels(train: Batches, test: Batches, components: int = COMPONENTS) -
     """Principal components of the images of train and of test, (images, components) each: the baseline of Fig. 10.
 
     Args:
-        train: Images to fit on, without batches of fewer images than components. Iterated twice.
+        train: Images to fit on, without batches of fewer images than components. Iterated again and again.
+        components: Dimensions; less where the first batch has fewer images.
     """
-    pca = IncrementalPCA(components)
+    pca = IncrementalPCA(min(components, len(next(iter(train))[0])))
     for images, _ in train:
-        if len(images) >= components:
+        if len(images) >= pca.n_components:
             pca.partial_fit(images.flatten(1).numpy())
     reduced = [[pca.transform(images.flatten(1).numpy()) for images, _ in batches] for batches in (train, test)]
     return np.concatenate(reduced[0]), np.concatenate(reduced[1])

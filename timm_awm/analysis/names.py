@@ -67,7 +67,7 @@ def _find(name: str, exported: Path) -> Source:
     raise ValueError(
         f'There is no model {name}, neither as a folder with {CONFIG} or {RUN} nor among those that timm has weights '
         'for. A model is a name of timm, hf-hub:OWNER/NAME[@REVISION], local-dir:FOLDER, a Hub folder or a run of '
-        f'train.py. {f"There are models in it, name one: {", ".join(inside)}" if inside else ""}')
+        'train.py.' + (f' There are models in it, name one: {", ".join(inside)}' if inside else ''))
 
 
 def _fetch(name: str) -> Path:

@@ -2,8 +2,9 @@
 import json
 import shutil
 import tempfile
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, Dict, Mapping, Optional, Sequence, Union
+from typing import Any, Dict, Optional, Sequence, Tuple, Union
 
 import numpy as np
 import timm
@@ -17,7 +18,7 @@ from ..hub.training_run import data_name
 from ..layers import MixingWeights
 from ..utils import find_device, new_folder
 from .ablation import Ablation, ablate, plot_ablations
-from .discriminant import COMPONENTS, as_features, cumulative_match, plot_cumulative_matches, reduce_pixels
+from .discriminant import as_features, cumulative_match, plot_cumulative_matches, reduce_pixels
 from .inputs import ImageData
 from .names import Source, folder_of, load_model, resolve_models
 from .observed import Observed, observe
@@ -59,28 +60,59 @@ def analyze(
     """
     settings = {key: value for key, value in {**locals(), **data}.items() if key not in ('data', 'output')}
     output, on = Path(output), find_device(device)
-    found = _Found(f'{data_name(data)[0]}, {split}', ablation)
+    summaries: Dict[str, Dict[str, Any]] = {}
+    residual: Dict[str, Dict[str, Tensor]] = {}  # λ of the ResNets
+    ablations: Dict[str, Ablation] = {}
+    matches: Dict[str, np.ndarray] = {}
     with new_folder(output) as partial, tempfile.TemporaryDirectory() as temporary:
         sources = resolve_models(models, Path(temporary))
         prepared = []  # all models and data, before hours go into the first
         for label, source in sources.items():
-            model = _load_trained(source, label)
+            model = _load_trained(source, label).to(on)
             splits = [ImageData(model, split=part, **data) for part in (split, train_split) if part]
             prepared.append((label, model, splits))
         for label, model, splits in prepared:
-            found.add(label, model.to(on), partial / label, *splits)
-            model.cpu()
-        found.save(partial, settings)
+            test, folder = splits[0], partial / label
+            folder.mkdir()
+            seen = observe(model, test)
+            if train_split and not seen.labelled:
+                raise ValueError('PCA and LDA need labels of two classes or more: leave --train-split out.')
+            summary = summaries[label] = _summarise(seen)
+            write_reference(folder, seen, f'{data_name(data)[0]}, {split}')
+            arrays: Dict[str, Any] = dict(seen.lambdas, index=test.indices(len(seen.labels)), label=seen.labels)
+            np.savez_compressed(folder / 'lambda.npz', prediction=seen.predictions, **arrays)
+            if seen.residual:
+                residual[label] = seen.lambdas
+                summary.update(save_ranking(folder, label, seen, test))
+            else:
+                profiles = profile_merges(seen.lambdas)
+                plot_paths(dict(mean=profiles), label, profiles).savefig(folder / 'profile.png', dpi=120)
+            if ablation and seen.labelled:
+                ablations[label] = ablate(model, test, seen.lambdas)
+                summary['ablation'] = ablations[label]._asdict()
+            if train_split:
+                curve, pixels = _match(observe(model, splits[1]), seen, splits[1], test)
+                matches[f'λ of {label}'], matches[f'{np.prod(test.config["input_size"]):,} pixels'] = curve, pixels
+                summary['cumulative_match'] = dict(mixing_weights=curve.tolist(), pixels=pixels.tolist())
+            print(f'{label}:', {key: value for key, value in summary.items() if isinstance(value, (int, float))})
+        versions = dict(timm_awm=__version__, timm=timm.__version__, torch=torch.__version__)
+        record = dict(models=summaries, settings=settings, **versions)
+        text = json.dumps(record, indent=2, ensure_ascii=False, default=str)
+        (partial / 'summary.json').write_text(text, encoding='utf-8', errors='replace')
+        if residual:
+            plot_profiles(residual).savefig(partial / 'profile.png', dpi=120)
+        if ablations:
+            plot_ablations(ablations).savefig(partial / 'ablation.png', dpi=120)
+        if matches:
+            plot_cumulative_matches(matches).savefig(partial / 'cumulative-match.png', dpi=120)
     for name, (label, source) in zip(models, sources.items()):
         if source == folder_of(name) and not data.get('num_images'):
             # for `timm-awm explore`, and for who gets the folder; a sample is not worth it
-            try:
-                shutil.copyfile(output / label / REFERENCE, Path(source) / REFERENCE)
-                print(f'{Path(source) / REFERENCE}: what timm-awm explore compares a picture with.')
-            except OSError as error:
-                print(f'{REFERENCE} is not copied to the model: {error}')
+            with suppress(OSError):
+                shutil.copyfile(output / label / REFERENCE, folder_of(name) / REFERENCE)
+                print(f'{folder_of(name) / REFERENCE}: what timm-awm explore compares a picture with.')
     print(f'Everything is in {output}.')
-    return found.summaries
+    return summaries
 
 
 def _load_trained(source: Source, label: str) -> nn.Module:
@@ -92,81 +124,27 @@ def _load_trained(source: Source, label: str) -> nn.Module:
     return model
 
 
-class _Found:
-    """All findings, by the labels of the models."""
-
-    def __init__(self, data: str, ablation: bool) -> None:
-        self.data, self.ablation = data, ablation
-        self.summaries: Dict[str, Dict[str, Any]] = {}
-        self.residual: Dict[str, Dict[str, Tensor]] = {}  # λ of the ResNets
-        self.ablations: Dict[str, Ablation] = {}
-        self.matches: Dict[str, np.ndarray] = {}
-        self.pixels: Dict[str, np.ndarray] = {}  # by how images are prepared, for models that share it
-
-    def add(self, label: str, model: nn.Module, folder: Path, test: ImageData, *train: ImageData) -> None:
-        folder.mkdir()
-        seen = observe(model, test)
-        if train and not seen.labelled:
-            raise ValueError('PCA and LDA need labels of two classes or more: leave --train-split out.')
+def _summarise(seen: Observed) -> Dict[str, Any]:
+    summary: Dict[str, Any] = dict(images=len(seen.labels), merges=len(seen.lambdas))
+    if seen.labelled:
         labels = seen.labels.numpy()
-        said = [f'{label}: {len(labels):,} images']
-        arrays: Dict[str, Any] = {name: value.numpy() for name, value in seen.lambdas.items()}
-        summary = self.summaries[label] = dict(images=len(labels), merges=len(seen.lambdas))
-        if seen.labelled:
-            classes = len(np.unique(labels))
-            summary.update(
-                classes=classes,
-                top1=100 * float((seen.labels == seen.predictions).double().mean()),
-                between_class_share=between_class_share(np.hstack(list(arrays.values())), labels),
-                between_class_share_by_chance=(classes - 1) / (len(labels) - 1),
-                between_class_shares={name: between_class_share(value, labels) for name, value in arrays.items()},
-            )
-            said.append(f'top-1 {summary["top1"]:.2f} %')
-        write_reference(folder, seen, self.data)
-        arrays.update(index=test.indices(len(labels)), label=labels, prediction=seen.predictions.numpy())
-        np.savez_compressed(folder / 'lambda.npz', **arrays)
-        if seen.residual:
-            self.residual[label] = seen.lambdas
-            summary.update(save_ranking(folder, label, seen, test))
-        else:
-            profiles = profile_merges(seen.lambdas)
-            plot_paths(dict(mean=profiles), label, profiles).savefig(folder / 'profile.png', dpi=120)
-        if self.ablation and seen.labelled:
-            self.ablations[label] = ablate(model, test, seen.lambdas)
-            summary['ablation'] = self.ablations[label]._asdict()
-            said.append(f'{self.ablations[label].all:.2f} % with all merges at the identity')
-        if train:
-            summary['cumulative_match'] = self._match(label, observe(model, train[0]), seen, train[0], test)
-        print(*said, sep=', ')
+        classes = len(np.unique(labels))
+        lambdas = {name: value.numpy() for name, value in seen.lambdas.items()}
+        summary.update(
+            classes=classes,
+            top1=100 * float((seen.labels == seen.predictions).double().mean()),
+            between_class_share=between_class_share(np.hstack(list(lambdas.values())), labels),
+            between_class_share_by_chance=(classes - 1) / (len(labels) - 1),
+            between_class_shares={name: between_class_share(value, labels) for name, value in lambdas.items()},
+        )
+    return summary
 
-    def _match(
-            self, label: str, fitted: Observed, seen: Observed, train: ImageData, test: ImageData) -> Dict[str, Any]:
-        """Finds what PCA and LDA tell of the class, from λ and from pixels."""
-        labels = fitted.labels.numpy(), seen.labels.numpy()
-        features = as_features(fitted.lambdas), as_features(seen.lambdas)
-        curve = cumulative_match(features[0], labels[0], features[1], labels[1])
-        prepared = str(train.config)
-        if prepared not in self.pixels:
-            batches = [DataLoader(data.loader.dataset, PIXEL_BATCH, num_workers=data.loader.num_workers)
-                       for data in (train, test)]
-            reduced = reduce_pixels(*batches, components=min(COMPONENTS, len(labels[0])))
-            self.pixels[prepared] = cumulative_match(reduced[0], labels[0], reduced[1], labels[1])
-        pixels = self.pixels[prepared]
-        self.matches[f'{features[0].shape[1]} λ of {label}'] = curve
-        self.matches[f'{np.prod(train.config["input_size"]):,} pixels'] = pixels
-        return dict(
-            train_images=len(labels[0]), mixing_weights=curve.tolist(), pixels=pixels.tolist(),
-            mean_difference=float((curve - pixels).mean()))
 
-    def save(self, output: Path, settings: Mapping[str, Any]) -> None:
-        """Writes what is about all models."""
-        versions = dict(timm_awm=__version__, timm=timm.__version__, torch=torch.__version__)
-        record = dict(models=self.summaries, settings=settings, **versions)
-        text = json.dumps(record, indent=2, ensure_ascii=False, default=str)
-        (output / 'summary.json').write_text(text, encoding='utf-8', errors='replace')
-        if self.residual:
-            plot_profiles(self.residual).savefig(output / 'profile.png', dpi=120)
-        if self.ablations:
-            plot_ablations(self.ablations).savefig(output / 'ablation.png', dpi=120)
-        if self.matches:
-            plot_cumulative_matches(self.matches).savefig(output / 'cumulative-match.png', dpi=120)
+def _match(fitted: Observed, seen: Observed, train: ImageData, test: ImageData) -> Tuple[np.ndarray, np.ndarray]:
+    """Finds what PCA and LDA tell of the class, from λ and from pixels."""
+    train_labels, labels = fitted.labels.numpy(), seen.labels.numpy()
+    curve = cumulative_match(as_features(fitted.lambdas), train_labels, as_features(seen.lambdas), labels)
+    of_train, of_test = [
+        DataLoader(data.loader.dataset, PIXEL_BATCH, num_workers=data.loader.num_workers) for data in (train, test)]
+    train_pixels, test_pixels = reduce_pixels(of_train, of_test)
+    return curve, cumulative_match(train_pixels, train_labels, test_pixels, labels)

@@ -3,7 +3,7 @@ from collections import Counter
 from contextlib import ExitStack
 from pathlib import Path
 from threading import Lock
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence
+from typing import Any, Dict, NamedTuple, Optional, Sequence
 
 import torch
 from matplotlib.figure import Figure
