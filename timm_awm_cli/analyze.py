@@ -7,10 +7,9 @@ HELP = 'look at what the merges of trained models do with images'
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        'Infers lambda of every merge for every image of a data set. Leaves lambda over the depth and by class, the '
-        'images with the highest and the lowest sum of lambda1 (ResNets), the share of the variance of lambda that '
-        'lies between classes, the accuracy with merges set back to the identity, and with --train-split what PCA and '
-        'LDA tell of the class from lambda and from pixels: arrays, JSON and figures.')
+        'Infers lambda of every merge for every image of a data set, and leaves arrays, JSON and figures: lambda over '
+        'the depth and by class, the images with the highest and the lowest sum of lambda1 (ResNets), the accuracy '
+        'with merges set back to the identity, and what PCA and LDA tell of the class (with --train-split).')
     parser.epilog = (
         'Example: timm-awm analyze hub/awm_resnet20_cifar.t3_c10 --dataset hfds/uoft-cs/cifar10 --input-key img '
         '--target-key label --split test --train-split train')

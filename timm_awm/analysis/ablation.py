@@ -9,8 +9,6 @@ from ..layers.record import find_merges, hook_merges
 from .figures import depth_figure, label_merges, literal, widen
 from .observed import Batches
 
-__all__ = ['Ablation', 'ablate', 'plot_ablations']
-
 
 class Ablation(NamedTuple):
     """Top-1 accuracies in percent."""

@@ -12,18 +12,12 @@ from torch import Tensor
 from .figures import literal, widen
 from .observed import Batches
 
-__all__ = ['as_features', 'cumulative_match', 'reduce_pixels', 'plot_cumulative_matches']
-
 COMPONENTS = 30  # the paper's number
 RANKS = 10
 
 
 def as_features(lambdas: Mapping[str, Tensor]) -> np.ndarray:
-    """All λ side by side, without the last of each merge, which follows from the others.
-
-    Args:
-        lambdas: Name of the merge -> λ, (images, paths).
-    """
+    """All λ side by side, (images, features), without the last of each merge, which follows from the others."""
     return np.concatenate([value[:, :-1].double().numpy() for value in lambdas.values()], axis=1)
 
 
@@ -69,12 +63,11 @@ def reduce_pixels(train: Batches, test: Batches, components: int = COMPONENTS) -
     """Principal components of the images of train and of test, (images, components) each: the baseline of Fig. 10.
 
     Args:
-        train: Images to fit on, without batches of fewer images than components. Iterated again and again.
-        components: Dimensions; less where the first batch has fewer images.
+        train: Images to fit on, without batches of fewer images than components. Iterated twice.
     """
-    pca = IncrementalPCA(min(components, len(next(iter(train))[0])))
+    pca = IncrementalPCA(components)
     for images, _ in train:
-        if len(images) >= pca.n_components:
+        if len(images) >= components:
             pca.partial_fit(images.flatten(1).numpy())
     reduced = [[pca.transform(images.flatten(1).numpy()) for images, _ in batches] for batches in (train, test)]
     return np.concatenate(reduced[0]), np.concatenate(reduced[1])

@@ -10,8 +10,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
-__all__ = ['ImageData']
-
 
 class ImageData:
     """Batches of a split, with the model's own preprocessing. Can be iterated many times.
@@ -43,8 +41,6 @@ class ImageData:
         self.split = split
         self.num_classes = model.num_classes
         self.config = resolve_input_data_config(model)
-        if not dataset and not (data_dir and Path(data_dir).exists()):
-            raise ValueError(f'There is no folder {data_dir!r}: name one of images with --data-dir, or a --dataset.')
         try:
             images: Any = create_dataset(
                 dataset,
@@ -82,9 +78,6 @@ class ImageData:
                 raise ValueError(
                     f'The model has {self.num_classes} classes, and the data have others: analyze it on its own data.')
             yield images, labels
-
-    def class_name(self, label: int) -> str:
-        return self.class_names.get(label, str(label))
 
     def indices(self, count: int) -> np.ndarray:
         """Places of the images in the data set."""

@@ -11,8 +11,6 @@ from ..hub import export_run, load_folder
 from ..hub.folder import CONFIG, REFERENCE
 from ..models.checkpoint import SAFETENSORS
 
-__all__ = ['Source', 'folder_of', 'load_model', 'resolve_models']
-
 Source = Union[Path, str]  # a Hub folder, or the name of one of timm's models
 RUN = 'args.yaml'
 
@@ -29,18 +27,17 @@ def resolve_models(names: Sequence[str], temporary: Path) -> Dict[str, Source]:
         Label for folders and legends, each different -> the model, in the same order.
 
     Raises:
-        RuntimeError: The Hub cannot be reached or refuses; or as `timm_awm.hub.export_run`, for runs.
-        ValueError: There is no such model.
+        OSError: The Hub cannot be reached or refuses.
+        ValueError: There is no such model; or as `timm_awm.hub.export_run`, for runs.
     """
     found: Dict[str, Source] = {}
     for name in names:
-        on_hub = name.startswith('hf-hub:')
-        base = name.split('/', 1)[-1].replace('/', '-') if on_hub else folder_of(name).name
+        base = name.split('/', 1)[-1].replace('/', '-') if name.startswith('hf-hub:') else folder_of(name).name
         label, n = base, 1
         while label in found:
             n += 1
             label = f'{base}-{n}'
-        found[label] = _fetch(name) if on_hub else _find(name, temporary / label)
+        found[label] = _find(name, temporary / label)
     return found
 
 
@@ -55,6 +52,10 @@ def load_model(source: Source) -> nn.Module:
 
 
 def _find(name: str, exported: Path) -> Source:
+    if name.startswith('hf-hub:'):
+        repository, _, revision = name.removeprefix('hf-hub:').partition('@')
+        files = [CONFIG, SAFETENSORS, REFERENCE]
+        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=files))
     folder = folder_of(name)
     if (folder / CONFIG).is_file():
         return folder
@@ -68,12 +69,3 @@ def _find(name: str, exported: Path) -> Source:
         f'There is no model {name}, neither as a folder with {CONFIG} or {RUN} nor among those that timm has weights '
         'for. A model is a name of timm, hf-hub:OWNER/NAME[@REVISION], local-dir:FOLDER, a Hub folder or a run of '
         'train.py.' + (f' There are models in it, name one: {", ".join(inside)}' if inside else ''))
-
-
-def _fetch(name: str) -> Path:
-    repository, _, revision = name.removeprefix('hf-hub:').partition('@')
-    files = [CONFIG, SAFETENSORS, REFERENCE]
-    try:
-        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=files))
-    except Exception as error:  # the Hub's client and its connection raise all kinds
-        raise RuntimeError(f'{name} cannot be fetched: {type(error).__name__}: {error}') from error

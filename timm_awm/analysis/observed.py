@@ -6,8 +6,6 @@ from torch import Tensor, nn
 
 from ..layers import record_mixing_weights
 
-__all__ = ['Batches', 'Observed', 'observe', 'collect_mixing_weights']
-
 Batches = Iterable[Tuple[Tensor, Tensor]]  # images, (batch, in_chans, height, width), and labels, (batch,)
 
 
@@ -21,11 +19,6 @@ class Observed(NamedTuple):
     def labelled(self) -> bool:
         """Whether there are labels, of two classes at least."""
         return 0 <= int(self.labels.min()) < int(self.labels.max())
-
-    @property
-    def residual(self) -> bool:
-        """Whether every merge weighs a branch against a shortcut, as in ResNets."""
-        return all(value.shape[1] == 2 for value in self.lambdas.values())
 
 
 def observe(model: nn.Module, batches: Batches) -> Observed:

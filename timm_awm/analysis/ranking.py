@@ -11,8 +11,6 @@ from .figures import LEAST_SPAN, literal
 from .inputs import ImageData
 from .observed import Observed
 
-__all__ = ['rank_images', 'plot_contact_sheet', 'save_ranking']
-
 SHOWN = 20  # images at either end
 
 
@@ -47,7 +45,8 @@ def save_ranking(folder: Path, label: str, seen: Observed, data: ImageData) -> D
         group = groups[f'{label}: {title} sums of λ1{note}'] = []
         listed[title] = []
         for i in end[:shown].tolist():
-            name = data.class_name(int(seen.labels[i])) if seen.labelled else None
+            number = int(seen.labels[i])
+            name = data.class_names.get(number, str(number)) if seen.labelled else None
             listed[title].append(dict(index=int(indices[i]), label=name, sum=float(sums[i])))
             pixels = (data.loader.dataset[i][0] * std + mean).clamp(0, 1).permute(1, 2, 0).numpy()
             group.append((pixels, f'{name or indices[i]}\n{sums[i]:.3f}'))

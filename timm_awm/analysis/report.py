@@ -9,7 +9,6 @@ from typing import Any, Dict, Optional, Sequence, Tuple, Union
 import numpy as np
 import timm
 import torch
-from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from .. import __version__
@@ -18,15 +17,13 @@ from ..hub.training_run import data_name
 from ..layers import MixingWeights
 from ..utils import find_device, new_folder
 from .ablation import Ablation, ablate, plot_ablations
-from .discriminant import as_features, cumulative_match, plot_cumulative_matches, reduce_pixels
+from .discriminant import COMPONENTS, as_features, cumulative_match, plot_cumulative_matches, reduce_pixels
 from .inputs import ImageData
-from .names import Source, folder_of, load_model, resolve_models
+from .names import folder_of, load_model, resolve_models
 from .observed import Observed, observe
-from .profile import between_class_share, plot_paths, plot_profiles, profile_merges
+from .profile import Profile, between_class_share, plot_paths, plot_profiles, profile_merges
 from .ranking import save_ranking
 from .reference import write_reference
-
-__all__ = ['analyze']
 
 PIXEL_BATCH = 256  # images: enough for the principal components to settle
 
@@ -61,14 +58,18 @@ def analyze(
     settings = {key: value for key, value in {**locals(), **data}.items() if key not in ('data', 'output')}
     output, on = Path(output), find_device(device)
     summaries: Dict[str, Dict[str, Any]] = {}
-    residual: Dict[str, Dict[str, Tensor]] = {}  # λ of the ResNets
+    residual: Dict[str, Dict[str, Profile]] = {}  # of the ResNets
     ablations: Dict[str, Ablation] = {}
     matches: Dict[str, np.ndarray] = {}
     with new_folder(output) as partial, tempfile.TemporaryDirectory() as temporary:
         sources = resolve_models(models, Path(temporary))
         prepared = []  # all models and data, before hours go into the first
         for label, source in sources.items():
-            model = _load_trained(source, label).to(on)
+            model = load_model(source).to(on)
+            if not any(module.weight2.any() for module in model.modules() if isinstance(module, MixingWeights)):
+                raise ValueError(
+                    f'{label} has no AWM merges, or all are at the identity start, lambda = 1/n for every image: '
+                    'nothing to analyze. Name a run or a Hub folder of a trained AWM model.')
             splits = [ImageData(model, split=part, **data) for part in (split, train_split) if part]
             prepared.append((label, model, splits))
         for label, model, splits in prepared:
@@ -81,11 +82,11 @@ def analyze(
             write_reference(folder, seen, f'{data_name(data)[0]}, {split}')
             arrays: Dict[str, Any] = dict(seen.lambdas, index=test.indices(len(seen.labels)), label=seen.labels)
             np.savez_compressed(folder / 'lambda.npz', prediction=seen.predictions, **arrays)
-            if seen.residual:
-                residual[label] = seen.lambdas
+            profiles = profile_merges(seen.lambdas)
+            if all(len(mean) == 2 for mean, _ in profiles.values()):
+                residual[label] = profiles
                 summary.update(save_ranking(folder, label, seen, test))
             else:
-                profiles = profile_merges(seen.lambdas)
                 plot_paths(dict(mean=profiles), label, profiles).savefig(folder / 'profile.png', dpi=120)
             if ablation and seen.labelled:
                 ablations[label] = ablate(model, test, seen.lambdas)
@@ -115,15 +116,6 @@ def analyze(
     return summaries
 
 
-def _load_trained(source: Source, label: str) -> nn.Module:
-    model = load_model(source)
-    if not any(module.weight2.any() for module in model.modules() if isinstance(module, MixingWeights)):
-        raise ValueError(
-            f'{label} has no AWM merges, or all are at the identity start, lambda = 1/n for every image: there is '
-            'nothing to analyze. Name a run or a Hub folder of a trained AWM model.')
-    return model
-
-
 def _summarise(seen: Observed) -> Dict[str, Any]:
     summary: Dict[str, Any] = dict(images=len(seen.labels), merges=len(seen.lambdas))
     if seen.labelled:
@@ -146,5 +138,5 @@ def _match(fitted: Observed, seen: Observed, train: ImageData, test: ImageData) 
     curve = cumulative_match(as_features(fitted.lambdas), train_labels, as_features(seen.lambdas), labels)
     of_train, of_test = [
         DataLoader(data.loader.dataset, PIXEL_BATCH, num_workers=data.loader.num_workers) for data in (train, test)]
-    train_pixels, test_pixels = reduce_pixels(of_train, of_test)
+    train_pixels, test_pixels = reduce_pixels(of_train, of_test, min(COMPONENTS, len(train_labels)))
     return curve, cumulative_match(train_pixels, train_labels, test_pixels, labels)

@@ -1,9 +1,8 @@
 """A network shown a picture: what it infers, as it is and with mixing weights set by hand."""
 from collections import Counter
-from contextlib import ExitStack
 from pathlib import Path
 from threading import Lock
-from typing import Any, Dict, NamedTuple, Optional, Sequence
+from typing import Any, Dict, NamedTuple, Sequence
 
 import torch
 from matplotlib.figure import Figure
@@ -13,15 +12,11 @@ from torch import Tensor
 
 from ..analysis.figures import short_name
 from ..analysis.names import Source, load_model
-from ..analysis.profile import plot_depth, plot_paths, profile_merges
+from ..analysis.profile import plot_paths, plot_profiles, profile_merges
 from ..analysis.reference import ALL, read_reference
 from ..hub.folder import class_names
-from ..layers import MixingWeights, record_mixing_weights
+from ..layers import MixingWeights
 from ..layers.record import find_merges, hook_merges
-
-__all__ = ['NONE', 'Explored', 'Seen']
-
-NONE = 'none'
 
 
 class Seen(NamedTuple):
@@ -72,7 +67,7 @@ class Explored:
             self,
             picture: Image.Image,
             identity: Sequence[str] = (),
-            connection: str = NONE,
+            connection: str = '',
             value: float = 0.5,
     ) -> Seen:
         """Infers the classes and λ.
@@ -80,34 +75,32 @@ class Explored:
         Args:
             picture: In RGB.
             identity: Merges to set back to λ = 1/n.
-            connection: One of `connections` to set; the other paths of its merge share the rest as they do by
-                themselves.
+            connection: One of `connections` to set, if any. The other paths of its merge share the rest as they do
+                by themselves.
             value: Its λ, from 0 to 1.
         """
         chosen, index = self.connections.get(connection, (None, 0))
+        lambdas: Dict[str, Tensor] = {}
 
-        def change(name: str, mix: MixingWeights, scales: Tensor) -> Optional[Tensor]:
+        def change(name: str, mix: MixingWeights, scales: Tensor) -> Tensor:
             if name == chosen:
                 others = scales.clamp_min(1e-30)  # where λ is 1 they may have underflowed
                 others[:, index] = 0
                 scales = (1 - value) * others / others.sum(1, keepdim=True)
                 scales[:, index] = value
-                return mix.num_paths * scales
-            return torch.ones_like(scales) if name in identity else None
+                scales *= mix.num_paths
+            elif name in identity:
+                scales = torch.ones_like(scales)
+            lambdas[name] = scales / mix.num_paths
+            return scales
 
         image = self.transform(picture.convert(self.mode))[None]  # type: ignore[operator]
-        with self.lock, ExitStack() as stack, torch.inference_mode():
-            lambdas: Dict[str, Tensor] = {}
-            if self.mixes:
-                stack.enter_context(hook_merges(self.mixes, change))
-                lambdas = stack.enter_context(record_mixing_weights(self.model))
+        with self.lock, hook_merges(self.mixes, change), torch.inference_mode():
             probabilities = self.model(image)[0].softmax(0)
-        return Seen(probabilities, dict(lambdas))
+        return Seen(probabilities, lambdas)
 
-    def draw(self, seen: Seen) -> Optional[Figure]:
+    def draw(self, seen: Seen) -> Figure:
         """λ of the picture: of a ResNet over the depth, beside what the reference has; of a DenseNet as heat maps."""
-        if not seen.lambdas:
-            return None
         predicted = int(seen.probabilities.argmax())
         groups = self.reference['groups'] if self.reference else {}
         lines = {
@@ -116,6 +109,6 @@ class Explored:
         lines['this picture'] = profile_merges(seen.lambdas)
         if not self.residual:
             return plot_paths(lines, self.label, groups[ALL]['merges'] if groups else None)
-        figure = plot_depth(lines)
+        figure = plot_profiles(lines)
         figure.set_size_inches(max(5.5, 0.2 * len(seen.lambdas)), 4)  # to be read on a phone
         return figure
