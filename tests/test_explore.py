@@ -68,7 +68,6 @@ def rotated(path):
 PICTURES = {
     'alpha.png': lambda path: Image.new('RGBA', (40, 30), (0, 0, 0, 0)).save(path),
     'transparent.gif': lambda path: Image.new('P', (40, 30)).save(path, transparency=0),
-    'grey_alpha.png': lambda path: Image.new('LA', (40, 30), (0, 0)).save(path),
     'cmyk.jpg': lambda path: Image.new('CMYK', (40, 30)).save(path),
     'cmyk.tiff': lambda path: Image.new('CMYK', (40, 30)).save(path),
     'bits.bmp': lambda path: Image.new('1', (40, 30), 1).save(path),
@@ -99,7 +98,6 @@ def truncated(path):
 
 
 BAD = {
-    'text.png': (lambda path: path.write_text('no picture'), 'cannot be read as a picture'),
     'gone.png': (lambda path: None, 'deleted.*drop it again'),
     'truncated.png': (truncated, 'cannot be read as a picture'),
     'large.png': (lambda path: Image.new('1', (9000, 9000)).save(path), f'too large.*{MEGAPIXELS} million'),
@@ -162,9 +160,8 @@ def test_a_weight_set_by_hand(name, connection, merge, path, folders):
 def test_the_published_models_have_something_to_compare_with():
     for folder in HUB.glob('awm_*.t*'):
         explored = Explored(folder, folder.name)
-        groups = explored.reference['groups']
-        assert groups['all']['images'] == 10000
-        assert sum(groups[str(i)]['images'] for i in range(len(explored.classes))) == 10000
+        images = {key: group['images'] for key, group in explored.reference['groups'].items()}
+        assert images.pop('all') == 10000 == sum(images[str(i)] for i in range(len(explored.classes)))
 
 
 @pytest.mark.parametrize('text', [

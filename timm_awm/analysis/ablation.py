@@ -55,11 +55,7 @@ def ablate(model: nn.Module, batches: Batches, lambdas: Mapping[str, Tensor]) ->
 
 
 def plot_ablations(models: Mapping[str, Ablation]) -> Figure:
-    """Draw the accuracy lost with each merge and with all at the identity, and with every λ at its mean.
-
-    Args:
-        models: Label of the model -> the result of `ablate`.
-    """
+    """Draw, for models by their labels, the accuracy lost with merges at the identity and with every λ at its mean."""
     figure, ax = depth_figure(max(len(ablation.merges) for ablation in models.values()))
     for label, (top1, constant, without_all, merges) in models.items():
         lost = [value - top1 for value in merges.values()]

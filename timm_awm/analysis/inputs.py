@@ -67,9 +67,11 @@ class ImageData:
         names = getattr(getattr(images, 'reader', images), 'class_to_idx', None) or {}
         self.class_names = {index: str(name) for name, index in names.items()}
         images.transform = create_transform(**self.config)
+        self.indices = np.arange(len(images))  # places of the images in the data set
         if num_images:
             drawn = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:num_images]
-            images = Subset(images, drawn.sort().values.tolist())
+            self.indices = drawn.sort().values.numpy()
+            images = Subset(images, self.indices.tolist())
         self.loader = DataLoader(images, batch_size, num_workers=workers)
 
     def __iter__(self) -> Iterator[Tuple[Tensor, Tensor]]:
@@ -78,7 +80,3 @@ class ImageData:
                 raise ValueError(
                     f'The model has {self.num_classes} classes, and the data have others: analyze it on its own data.')
             yield images, labels
-
-    def indices(self, count: int) -> np.ndarray:
-        """Places of the images in the data set."""
-        return np.asarray(getattr(self.loader.dataset, 'indices', range(count)))

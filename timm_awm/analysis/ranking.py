@@ -37,7 +37,6 @@ def save_ranking(folder: Path, label: str, seen: Observed, data: ImageData) -> D
     order, sums = rank_images(seen.lambdas)
     shown = min(SHOWN, len(order) // 2) or 1
     mean, std = (torch.tensor(data.config[name]).view(-1, 1, 1) for name in ('mean', 'std'))
-    indices = data.indices(len(order))
     groups: Dict[str, List[Tuple[np.ndarray, str]]] = {}
     listed: Dict[str, List[Dict[str, Any]]] = {}
     note = ' (all within 0.05: hardly a ranking)' if np.ptp(sums) < LEAST_SPAN else ''
@@ -47,9 +46,9 @@ def save_ranking(folder: Path, label: str, seen: Observed, data: ImageData) -> D
         for i in end[:shown].tolist():
             number = int(seen.labels[i])
             name = data.class_names.get(number, str(number)) if seen.labelled else None
-            listed[title].append(dict(index=int(indices[i]), label=name, sum=float(sums[i])))
+            listed[title].append(dict(index=int(data.indices[i]), label=name, sum=float(sums[i])))
             pixels = (data.loader.dataset[i][0] * std + mean).clamp(0, 1).permute(1, 2, 0).numpy()
-            group.append((pixels, f'{name or indices[i]}\n{sums[i]:.3f}'))
+            group.append((pixels, f'{name or data.indices[i]}\n{sums[i]:.3f}'))
     plot_contact_sheet(groups).savefig(folder / 'ranking.png', dpi=120)
     return listed
 

@@ -25,8 +25,6 @@ from .profile import Profile, between_class_share, plot_paths, plot_profiles, pr
 from .ranking import save_ranking
 from .reference import write_reference
 
-PIXEL_BATCH = 256  # images: enough for the principal components to settle
-
 
 def analyze(
         models: Sequence[str],
@@ -80,7 +78,7 @@ def analyze(
                 raise ValueError('PCA and LDA need labels of two classes or more: leave --train-split out.')
             summary = summaries[label] = _summarise(seen)
             write_reference(folder, seen, f'{data_name(data)[0]}, {split}')
-            arrays: Dict[str, Any] = dict(seen.lambdas, index=test.indices(len(seen.labels)), label=seen.labels)
+            arrays: Dict[str, Any] = dict(seen.lambdas, index=test.indices, label=seen.labels)
             np.savez_compressed(folder / 'lambda.npz', prediction=seen.predictions, **arrays)
             profiles = profile_merges(seen.lambdas)
             if all(len(mean) == 2 for mean, _ in profiles.values()):
@@ -133,10 +131,10 @@ def _summarise(seen: Observed) -> Dict[str, Any]:
 
 
 def _match(fitted: Observed, seen: Observed, train: ImageData, test: ImageData) -> Tuple[np.ndarray, np.ndarray]:
-    """Finds what PCA and LDA tell of the class, from λ and from pixels."""
+    """Cumulative matches of λ and of pixels."""
     train_labels, labels = fitted.labels.numpy(), seen.labels.numpy()
     curve = cumulative_match(as_features(fitted.lambdas), train_labels, as_features(seen.lambdas), labels)
-    of_train, of_test = [
-        DataLoader(data.loader.dataset, PIXEL_BATCH, num_workers=data.loader.num_workers) for data in (train, test)]
+    of_train, of_test = [  # batches that are large enough for the principal components to settle
+        DataLoader(data.loader.dataset, 256, num_workers=data.loader.num_workers) for data in (train, test)]
     train_pixels, test_pixels = reduce_pixels(of_train, of_test, min(COMPONENTS, len(train_labels)))
     return curve, cumulative_match(train_pixels, train_labels, test_pixels, labels)

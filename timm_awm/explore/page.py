@@ -116,8 +116,7 @@ def explore(models: Sequence[str], host: str = '127.0.0.1', port: Optional[int] 
         port: The first free one from 7860 if not given.
 
     Raises:
-        OSError, OverflowError: The address or the port cannot be had.
-        RuntimeError, ValueError: A model cannot be had.
+        OSError, OverflowError, ValueError: The address, the port or a model cannot be had.
     """
     host = host.strip('[]')
     socket.create_server((host, port or 0), family=socket.AF_INET6 if ':' in host else socket.AF_INET).close()
