@@ -177,19 +177,15 @@ def test_pixels_are_reduced_to_their_principal_components():
         assert got.shape == (len(expected), 3) and got @ got.T == pytest.approx(centered @ centered.T, abs=1e-3)
 
 
-def plot_profiles(**models):
-    return analysis.plot_profiles({name: analysis.profile_merges(lambdas) for name, lambdas in models.items()})
-
-
 def test_profiles_of_several_models():
     shallow = {f'layer{i}.0.merge': torch.tensor([[.2, .8], [.4, .6]]) for i in (1, 2, 3)}
     other = {name: 1 - value for name, value in shallow.items()}
     deep = {**shallow, 'layer4.0.merge': torch.tensor([[.5, .5], [.9, .1]])}
-    ax, = plot_profiles(one=shallow, other=other).axes
+    ax, = analysis.plot_profiles(dict(one=shallow, other=other)).axes
     assert [tick.get_text() for tick in ax.get_xticklabels()] == ['layer1.0', 'layer2.0', 'layer3.0']
     assert [line.get_ydata().tolist() for line in ax.lines[:2]] == [pytest.approx([.3] * 3), pytest.approx([.7] * 3)]
     assert [text.get_text() for text in ax.get_legend().get_texts()][:2] == ['one', 'other']
-    figure = plot_profiles(deep=deep, one=shallow)
+    figure = analysis.plot_profiles(dict(deep=deep, one=shallow))
     figure.draw_without_rendering()
     ax, = figure.axes
     assert ax.lines[0].get_ydata().tolist() == pytest.approx([.3, .3, .3, .7])
@@ -225,7 +221,7 @@ def test_texts_of_people_are_shown_as_they_are(name):
     ablation = analysis.Ablation(90., 80., 70., {'layer1.0.merge': 88.})
     image = np.zeros((8, 8, 3)), f'{name}\n1.000'
     shown = [
-        drawn(plot_profiles(**{name: lambdas, 'other': lambdas})),
+        drawn(analysis.plot_profiles({name: lambdas, 'other': lambdas})),
         drawn(analysis.plot_paths({'mean': paths, f'mean of {name}': paths}, name)),
         drawn(analysis.plot_ablations({name: ablation})),
         drawn(analysis.plot_cumulative_matches({name: np.array([1., 2.])})),
@@ -237,7 +233,7 @@ def test_texts_of_people_are_shown_as_they_are(name):
 def test_networks_that_have_hardly_moved_show_no_signal():
     noise = 1e-5 * torch.rand(5, 6)
     lambdas = {f'layer{i}.0.merge': torch.stack([.5 + noise[:, i], .5 - noise[:, i]], 1) for i in range(6)}
-    figure = plot_profiles(net=lambdas)
+    figure = analysis.plot_profiles(dict(net=lambdas))
     low, high = figure.axes[0].get_ylim()
     assert 'hardly moved' in drawn(figure) and high - low == pytest.approx(.05)
     assert not figure.axes[0].yaxis.get_offset_text().get_text()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
 from tqdm import tqdm
 
-from .analysis import collect_mixing_weights, plot_profiles, profile_merges
+from .analysis import collect_mixing_weights, plot_profiles
 from .hub import save_for_hub
 from .utils import new_folder
 
@@ -72,8 +72,7 @@ def _run(output: Path, epochs: int, period: int, seed: int) -> None:
     print("Saved in the Hub's format, loaded back with timm.create_model('local-dir:...'): the same predictions")
 
     lambdas = collect_mixing_weights(reloaded, (images for images, _ in test))
-    figure = plot_profiles({f'{MODEL} on held-out digits': profile_merges(lambdas)})
-    figure.savefig(output / 'lambda-profile.png', dpi=120)
+    plot_profiles({f'{MODEL} on held-out digits': lambdas}).savefig(output / 'lambda-profile.png', dpi=120)
 
 
 def _loaders(seed: int) -> Tuple[DataLoader, DataLoader]:

@@ -74,11 +74,7 @@ def reduce_pixels(train: Batches, test: Batches, components: int = COMPONENTS) -
 
 
 def plot_cumulative_matches(curves: Mapping[str, np.ndarray]) -> Figure:
-    """Draw cumulative match over rank.
-
-    Args:
-        curves: Label -> percent for the ranks from 1 on, as from `cumulative_match`.
-    """
+    """Draw results of `cumulative_match`, by their labels, over the rank."""
     figure = Figure(figsize=(8, 5), layout='constrained')
     ax = figure.subplots()
     for label, curve in curves.items():

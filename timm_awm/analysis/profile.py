@@ -47,13 +47,18 @@ def between_class_share(values: np.ndarray, labels: np.ndarray) -> Optional[floa
     return float((sums ** 2 / counts).sum() / (deviations ** 2).sum())
 
 
-def plot_profiles(lines: Mapping[str, Profiles]) -> Figure:
+def plot_profiles(models: Mapping[str, Mapping[str, Tensor]]) -> Figure:
     """Draw the mean of λ1, the weight of the convolutional branch, over the merges of ResNets, and in a band around it
     the standard deviation over the images (Fig. 6: the variance).
 
     Args:
-        lines: Label of the model -> its profiles.
+        models: Label of the model -> name of the merge -> (images, 2), as from `observe`.
     """
+    return plot_depth({label: profile_merges(lambdas) for label, lambdas in models.items()})
+
+
+def plot_depth(lines: Mapping[str, Profiles]) -> Figure:
+    """Draw profiles of ResNets by their labels, as `plot_profiles` does."""
     figure, ax = depth_figure(max(map(len, lines.values())))
     for label, profiles in lines.items():
         mean, std = np.array([(found.mean[0], found.std[0]) for found in profiles.values()]).T

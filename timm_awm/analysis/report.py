@@ -21,7 +21,7 @@ from .discriminant import COMPONENTS, as_features, cumulative_match, plot_cumula
 from .inputs import ImageData
 from .names import folder_of, load_model, resolve_models
 from .observed import Observed, observe
-from .profile import Profile, between_class_share, plot_paths, plot_profiles, profile_merges
+from .profile import Profile, between_class_share, plot_depth, plot_paths, profile_merges
 from .ranking import save_ranking
 from .reference import write_reference
 
@@ -99,7 +99,7 @@ def analyze(
         text = json.dumps(record, indent=2, ensure_ascii=False, default=str)
         (partial / 'summary.json').write_text(text, encoding='utf-8', errors='replace')
         if residual:
-            plot_profiles(residual).savefig(partial / 'profile.png', dpi=120)
+            plot_depth(residual).savefig(partial / 'profile.png', dpi=120)
         if ablations:
             plot_ablations(ablations).savefig(partial / 'ablation.png', dpi=120)
         if matches:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..analysis.figures import short_name
 from ..analysis.names import Source, load_model
-from ..analysis.profile import plot_paths, plot_profiles, profile_merges
+from ..analysis.profile import plot_depth, plot_paths, profile_merges
 from ..analysis.reference import ALL, read_reference
 from ..hub.folder import class_names
 from ..layers import MixingWeights
@@ -109,6 +109,6 @@ class Explored:
         lines['this picture'] = profile_merges(seen.lambdas)
         if not self.residual:
             return plot_paths(lines, self.label, groups[ALL]['merges'] if groups else None)
-        figure = plot_profiles(lines)
+        figure = plot_depth(lines)
         figure.set_size_inches(max(5.5, 0.2 * len(seen.lambdas)), 4)  # to be read on a phone
         return figure
