@@ -7,24 +7,15 @@ HELP = 'look at what the merges of trained models do with images'
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        'Infers lambda of every merge for every image of a data set. Leaves lambda over the depth and by class, the '
-        'images with the highest and the lowest sum of lambda1 (ResNets), the share of the variance of lambda that '
-        'lies between classes, the accuracy with merges set back to the identity, and with --train-split what PCA and '
-        'LDA tell of the class from lambda and from pixels: summary.json, profile.csv and figures, and in one folder '
-        'for each model lambda.npz, lambda.json and figures.')
+        'Infers lambda of every merge for every image of a data set, and leaves arrays, JSON and figures: lambda over '
+        'the depth and by class, the images with the highest and the lowest sum of lambda1 (ResNets), the accuracy '
+        'with merges set back to the identity, and what PCA and LDA tell of the class (with --train-split).')
     parser.epilog = (
         'Example: timm-awm analyze hub/awm_resnet20_cifar.t3_c10 --dataset hfds/uoft-cs/cifar10 --input-key img '
-        '--target-key label --split test --train-split train; timm-awm analyze awm_resnet14_cifar awm_resnet20_cifar '
-        '--checkpoint a/last.pth.tar b/last.pth.tar --data-dir images')
+        '--target-key label --split test --train-split train')
     parser.add_argument(
         'models', nargs='+', metavar='MODEL',
         help="name of timm's, hf-hub:OWNER/NAME[@REVISION], local-dir:FOLDER, a Hub folder, or a run of train.py")
-    parser.add_argument(
-        '--checkpoint', nargs='+', default=[], metavar='FILE',
-        help="checkpoint of train.py, one for each model (default: the models' own weights)")
-    parser.add_argument('--num-classes', type=positive_int, metavar='N', help="classes (default: the models' own)")
-    parser.add_argument(
-        '--model-kwargs', nargs='*', default=[], metavar='NAME=VALUE', help='arguments of the models, as of train.py')
     data = parser.add_argument_group("data, as for timm's validate.py; sizes and normalisation are the models' own")
     data.add_argument(
         '--dataset', default='', metavar='TYPE/NAME', help='such as hfds/uoft-cs/cifar10 (default: image folders)')
@@ -50,11 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     try:
-        from timm.utils import ParseKwargs
-
         from timm_awm import analysis
-        # parsed here, since timm's parser imports torch
-        ParseKwargs(None, 'model_kwargs')(argparse.ArgumentParser(), args, args.model_kwargs)
         analysis.analyze(**{key: value for key, value in vars(args).items() if key != 'command'})
     except ModuleNotFoundError as error:
         extra = 'data' if error.name == 'datasets' else 'analysis'

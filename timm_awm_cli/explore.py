@@ -23,7 +23,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     try:
         from timm_awm.explore import explore
-    except ImportError as error:
-        what = f'needs {error.name}: pip install ".[explore]", as the README says' if error.name else f'fails: {error}'
-        raise RuntimeError(f'the page {what}') from error
+    except ModuleNotFoundError as error:
+        raise RuntimeError(f'the page needs {error.name}: pip install ".[explore]", as the README says') from error
     explore(args.models, args.host, args.port)

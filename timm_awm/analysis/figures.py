@@ -4,9 +4,7 @@ from typing import Optional, Sequence, Tuple
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, ScalarFormatter
-
-__all__ = ['HARDLY', 'LEAST_SPAN', 'depth_figure', 'label_merges', 'literal', 'short_name', 'widen']
+from matplotlib.ticker import MaxNLocator
 
 LEAST_SPAN = 0.05  # on any scale: less is noise
 HARDLY = 'The network has hardly moved from the identity:\nall of this lies within 0.05.'
@@ -31,12 +29,11 @@ def depth_figure(merges: int) -> Tuple[Figure, Axes]:
 def label_merges(ax: Axes, models: Sequence[Sequence[str]]) -> None:
     """Ticks of the merges: by name where all models have the same, else by number."""
     names = models[0]
-    ax.set_xticks(range(1, len(names) + 1), [short_name(name) for name in names], rotation=45, ha='right')
     ax.set_xlabel('merge, from the input to the output of the network')
-    if any(other != names for other in models):
-        ax.xaxis.set_major_formatter(ScalarFormatter())
+    if all(other == names for other in models):
+        ax.set_xticks(range(1, len(names) + 1), [short_name(name) for name in names], rotation=45, ha='right')
+    else:
         ax.xaxis.set_major_locator(MaxNLocator(20, integer=True))
-        ax.tick_params(axis='x', rotation=0)
 
 
 def short_name(name: str) -> str:

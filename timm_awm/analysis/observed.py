@@ -1,13 +1,10 @@
 """Observing the mixing weights of a network over a data set."""
-from contextlib import contextmanager
-from typing import Dict, Iterable, Iterator, List, NamedTuple, Tuple
+from typing import Dict, Iterable, List, NamedTuple, Tuple
 
 import torch
 from torch import Tensor, nn
 
 from ..layers import record_mixing_weights
-
-__all__ = ['Batches', 'Observed', 'observe', 'collect_mixing_weights', 'eval_mode']
 
 Batches = Iterable[Tuple[Tensor, Tensor]]  # images, (batch, in_chans, height, width), and labels, (batch,)
 
@@ -23,14 +20,9 @@ class Observed(NamedTuple):
         """Whether there are labels, of two classes at least."""
         return 0 <= int(self.labels.min()) < int(self.labels.max())
 
-    @property
-    def residual(self) -> bool:
-        """Whether every merge weighs a branch against a shortcut, as in ResNets."""
-        return all(value.shape[1] == 2 for value in self.lambdas.values())
-
 
 def observe(model: nn.Module, batches: Batches) -> Observed:
-    """λ of every merge and the prediction of the network for every image, in eval mode.
+    """λ of every merge and the prediction of the network for every image. Puts the model into eval mode.
 
     Raises:
         ValueError: The model has no merge, or there are no images.
@@ -39,7 +31,8 @@ def observe(model: nn.Module, batches: Batches) -> Observed:
     parts: Dict[str, List[Tensor]] = {}
     labels: List[Tensor] = []
     predictions: List[Tensor] = []
-    with record_mixing_weights(model) as lambdas, eval_mode(model):
+    model.eval()
+    with record_mixing_weights(model) as lambdas:
         for images, target in batches:
             with torch.inference_mode():  # not around the loop, where data make tensors of their own
                 logits = model(images.to(device))
@@ -56,15 +49,3 @@ def observe(model: nn.Module, batches: Batches) -> Observed:
 def collect_mixing_weights(model: nn.Module, images: Iterable[Tensor]) -> Dict[str, Tensor]:
     """λ of every merge as in `observe`, for batches of images without labels."""
     return observe(model, ((batch, torch.full((len(batch),), -1)) for batch in images)).lambdas  # -1: as timm has it
-
-
-@contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside the `with` block; afterwards every module has its own mode again."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

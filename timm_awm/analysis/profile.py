@@ -1,14 +1,14 @@
 """How the weights vary over the depth of a network (Fig. 6), from image to image and with the class."""
-from typing import Any, Dict, Mapping, NamedTuple, Optional, Sequence
+from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence
 
 import numpy as np
+import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from .figures import HARDLY, LEAST_SPAN, depth_figure, label_merges, literal, short_name, widen
-
-__all__ = ['Profile', 'between_class_share', 'plot_depth', 'plot_paths', 'plot_profiles', 'profile_merges']
 
 
 class Profile(NamedTuple):
@@ -21,11 +21,7 @@ Profiles = Mapping[str, Profile]  # by the name of the merge, in order of execut
 
 
 def profile_merges(lambdas: Mapping[str, Tensor]) -> Dict[str, Profile]:
-    """Mean and standard deviation of every λ, by the name of the merge.
-
-    Args:
-        lambdas: Name of the merge -> (images, paths), as from `observe`.
-    """
+    """Mean and standard deviation of λ, (images, paths), by the name of the merge, over the images."""
     return {name: Profile(value.double().mean(0).numpy(), value.double().std(0, correction=0).numpy())
             for name, value in lambdas.items()}
 
@@ -51,29 +47,23 @@ def between_class_share(values: np.ndarray, labels: np.ndarray) -> Optional[floa
     return float((sums ** 2 / counts).sum() / (deviations ** 2).sum())
 
 
-def plot_profiles(models: Mapping[str, Mapping[str, Tensor]], colors: Optional[Mapping[str, str]] = None) -> Figure:
+def plot_profiles(models: Mapping[str, Mapping[str, Tensor]]) -> Figure:
     """Draw the mean of λ1, the weight of the convolutional branch, over the merges of ResNets, and in a band around it
     the standard deviation over the images (Fig. 6: the variance).
 
     Args:
         models: Label of the model -> name of the merge -> (images, 2), as from `observe`.
-        colors: Label of the model -> its colour.
     """
-    return plot_depth({label: profile_merges(lambdas) for label, lambdas in models.items()}, colors)
+    return plot_depth({label: profile_merges(lambdas) for label, lambdas in models.items()})
 
 
-def plot_depth(lines: Mapping[str, Profiles], colors: Optional[Mapping[str, str]] = None) -> Figure:
-    """Draw profiles of ResNets, as `plot_profiles` does.
-
-    Args:
-        lines: Label -> profiles.
-        colors: Label -> its colour.
-    """
+def plot_depth(lines: Mapping[str, Profiles]) -> Figure:
+    """Draw profiles of ResNets by their labels, as `plot_profiles` does."""
     figure, ax = depth_figure(max(map(len, lines.values())))
     for label, profiles in lines.items():
         mean, std = np.array([(found.mean[0], found.std[0]) for found in profiles.values()]).T
         merges = range(1, len(profiles) + 1)
-        line, = ax.plot(merges, mean, color=(colors or {}).get(label), marker='o', label=literal(label))
+        line, = ax.plot(merges, mean, marker='o', label=literal(label))
         ax.fill_between(merges, mean - std, mean + std, color=line.get_color(), alpha=0.2)
     label_merges(ax, [list(profiles) for profiles in lines.values()])
     ax.axhline(0.5, color='black', linestyle='--', label='plain: both weigh the same')
@@ -96,11 +86,10 @@ def plot_paths(maps: Mapping[str, Profiles], label: str, spread: Optional[Profil
     grids = {title: _grid([found.mean for found in profiles.values()]) for title, profiles in maps.items()}
     farthest = max(np.nanmax(np.abs(grid - 1)) for grid in grids.values())
     limit = max(farthest, LEAST_SPAN)
-    colors: Dict[str, Dict[str, Any]] = {
-        title: dict(cmap='RdBu_r', vmin=1 - limit, vmax=1 + limit) for title in grids}
+    styles: List[Dict[str, Any]] = [dict(cmap='RdBu_r', vmin=1 - limit, vmax=1 + limit)] * len(grids)
     if spread is not None:
-        title, grid = 'standard deviation over the images', _grid([found.std for found in spread.values()])
-        grids[title], colors[title] = grid, dict(cmap='viridis', vmin=0, vmax=max(np.nanmax(grid), LEAST_SPAN))
+        grids['standard deviation over the images'] = grid = _grid([found.std for found in spread.values()])
+        styles.append(dict(cmap='viridis', vmin=0, vmax=max(np.nanmax(grid), LEAST_SPAN)))
     paths = next(iter(grids.values())).shape[1]
     rows = 1 if len(grids) < 3 else 2
     columns = -(-len(grids) // rows)
@@ -111,10 +100,10 @@ def plot_paths(maps: Mapping[str, Profiles], label: str, spread: Optional[Profil
     axes = figure.subplots(rows, columns, sharey=True, squeeze=False).flatten()
     for ax in axes[len(grids):]:
         ax.remove()
-    for ax, (title, grid) in zip(axes, grids.items()):
-        image = ax.imshow(grid, aspect='auto', extent=(.5, paths + .5, len(names) + .5, .5), **colors[title])
+    for ax, (title, grid), style in zip(axes, grids.items(), styles):
+        image = ax.imshow(grid, aspect='auto', extent=(.5, paths + .5, len(names) + .5, .5), **style)
         bar = figure.colorbar(image, ax=ax).ax
-        bar.set_ylim(bottom=max(0, colors[title]['vmin']))  # no λ is below 0
+        bar.set_ylim(bottom=max(0, style['vmin']))  # no λ is below 0
         bar.ticklabel_format(style='plain', useOffset=False)
         ax.set_title(literal(title, 40))
         ax.set_xlabel("path (1: the block's input)")
@@ -125,7 +114,5 @@ def plot_paths(maps: Mapping[str, Profiles], label: str, spread: Optional[Profil
 
 def _grid(values: Sequence[np.ndarray]) -> np.ndarray:
     """n · λ, (merges, most paths), NaN where a merge has fewer."""
-    grid = np.full((len(values), max(map(len, values))), np.nan)
-    for row, of_merge in enumerate(values):
-        grid[row, :len(of_merge)] = len(of_merge) * of_merge
-    return grid
+    rows = [torch.from_numpy(len(of_merge) * of_merge) for of_merge in values]
+    return pad_sequence(rows, batch_first=True, padding_value=np.nan).numpy()

@@ -11,8 +11,6 @@ from .figures import LEAST_SPAN, literal
 from .inputs import ImageData
 from .observed import Observed
 
-__all__ = ['rank_images', 'plot_contact_sheet', 'save_ranking']
-
 SHOWN = 20  # images at either end
 
 
@@ -38,22 +36,19 @@ def save_ranking(folder: Path, label: str, seen: Observed, data: ImageData) -> D
     """Write ranking.png; returns its images: end of the ranking -> index, label and sum of each."""
     order, sums = rank_images(seen.lambdas)
     shown = min(SHOWN, len(order) // 2) or 1
-    ends = dict(lowest=order[:shown].tolist(), highest=order[::-1][:shown].tolist())
-    every = enumerate(image for batch, _ in data.loader for image in batch)  # read again, as memory does not hold all
-    images = {i: image.clone() for i, image in every if i in {*ends['lowest'], *ends['highest']}}
     mean, std = (torch.tensor(data.config[name]).view(-1, 1, 1) for name in ('mean', 'std'))
-    indices = data.indices(len(order))
     groups: Dict[str, List[Tuple[np.ndarray, str]]] = {}
     listed: Dict[str, List[Dict[str, Any]]] = {}
     note = ' (all within 0.05: hardly a ranking)' if np.ptp(sums) < LEAST_SPAN else ''
-    for title, end in ends.items():
+    for title, end in dict(lowest=order, highest=order[::-1]).items():
         group = groups[f'{label}: {title} sums of λ1{note}'] = []
-        entries = listed[title] = []
-        for i in end:
-            name = data.class_name(int(seen.labels[i])) if seen.labelled else None
-            entries.append(dict(index=int(indices[i]), label=name, sum=float(sums[i])))
-            pixels = (images[i] * std + mean).clamp(0, 1).permute(1, 2, 0).numpy()
-            group.append((pixels, f'{name or indices[i]}\n{sums[i]:.3f}'))
+        listed[title] = []
+        for i in end[:shown].tolist():
+            number = int(seen.labels[i])
+            name = data.class_names.get(number, str(number)) if seen.labelled else None
+            listed[title].append(dict(index=int(data.indices[i]), label=name, sum=float(sums[i])))
+            pixels = (data.loader.dataset[i][0] * std + mean).clamp(0, 1).permute(1, 2, 0).numpy()
+            group.append((pixels, f'{name or data.indices[i]}\n{sums[i]:.3f}'))
     plot_contact_sheet(groups).savefig(folder / 'ranking.png', dpi=120)
     return listed
 

@@ -10,17 +10,11 @@ from ..hub.folder import REFERENCE
 from .observed import Observed
 from .profile import Profile, profile_merges
 
-__all__ = ['read_reference', 'write_reference']
-
 ALL = 'all'  # the group of all images; the others are classes, by number
 
 
-def write_reference(folder: Path, seen: Observed, data: str) -> None:
-    """Writes lambda.json: {data, groups: {'all' or a class: {images, merges: {name: {mean, std}}}}}.
-
-    Args:
-        data: Names the images.
-    """
+def write_reference(folder: Path, seen: Observed, data_name: str) -> None:
+    """Writes lambda.json: {data, groups: {'all' or a class: {images, merges: {name: {mean, std}}}}}."""
     masks = {ALL: torch.ones(len(seen.labels), dtype=torch.bool)}
     if seen.labelled:
         masks.update((str(label), seen.labels == label) for label in seen.labels.unique().tolist())
@@ -30,7 +24,7 @@ def write_reference(folder: Path, seen: Observed, data: str) -> None:
         groups[key] = dict(images=int(mask.sum()), merges={
             name: dict(mean=mean.round(4).tolist(), std=std.round(4).tolist())
             for name, (mean, std) in profiles.items()})
-    text = json.dumps(dict(data=data, groups=groups), ensure_ascii=False)
+    text = json.dumps(dict(data=data_name, groups=groups), ensure_ascii=False)
     (folder / REFERENCE).write_text(text, encoding='utf-8', errors='replace')  # names of files need not be valid
 
 
@@ -38,8 +32,7 @@ def read_reference(folder: Path, paths: Mapping[str, int]) -> Optional[Dict[str,
     """Reads lambda.json in a model's folder, with a `Profile` for each merge; None if there is nothing.
 
     Args:
-        folder: The model's folder.
-        paths: Name of each of its merges -> number of paths.
+        paths: Name of each of the model's merges -> number of paths.
 
     Raises:
         ValueError: The file is damaged, or of another model.

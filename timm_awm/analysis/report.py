@@ -1,44 +1,33 @@
 """The work of `timm-awm analyze`: every question for every model, on a data set, image by image."""
-import csv
 import json
 import shutil
 import tempfile
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Optional, Sequence, Union
+from typing import Any, Dict, Optional, Sequence, Tuple, Union
 
 import numpy as np
 import timm
 import torch
-from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from .. import __version__
 from ..hub.folder import REFERENCE
 from ..hub.training_run import data_name
+from ..layers import MixingWeights
 from ..utils import find_device, new_folder
 from .ablation import Ablation, ablate, plot_ablations
-from .discriminant import (
-    COMPONENTS,
-    PIXEL_BATCH,
-    as_features,
-    cumulative_match,
-    plot_cumulative_matches,
-    reduce_pixels,
-)
-from .inputs import ImageData, create_model
-from .names import folder_of, resolve_models
+from .discriminant import COMPONENTS, as_features, cumulative_match, plot_cumulative_matches, reduce_pixels
+from .inputs import ImageData
+from .names import folder_of, load_model, resolve_models
 from .observed import Observed, observe
-from .profile import between_class_share, plot_paths, plot_profiles, profile_merges
+from .profile import Profile, between_class_share, plot_depth, plot_paths, profile_merges
 from .ranking import save_ranking
 from .reference import write_reference
-
-__all__ = ['analyze']
 
 
 def analyze(
         models: Sequence[str],
-        checkpoint: Sequence[str] = (),
-        num_classes: Optional[int] = None,
-        model_kwargs: Optional[Mapping[str, Any]] = None,
         split: str = 'validation',
         train_split: Optional[str] = None,
         ablation: bool = True,
@@ -46,12 +35,10 @@ def analyze(
         output: Union[str, Path] = 'timm-awm-analysis',
         **data: Any,
 ) -> Dict[str, Dict[str, Any]]:
-    """Analyse models on a data set, and leave arrays, tables and figures in a folder.
+    """Analyse models on a data set, and leave arrays, JSON and figures in a folder.
 
     Args:
         models: AWM models, as for `resolve_models`.
-        checkpoint: Files of train.py, one for each model (default: the models' own weights).
-        num_classes, model_kwargs: As for `create_model`.
         split: Split to analyse.
         train_split: Split to fit PCA and LDA on (default: leave both out).
         ablation: Set each merge back to the identity, and all.
@@ -64,133 +51,90 @@ def analyze(
 
     Raises:
         FileExistsError: The output folder exists.
-        ValueError: There are not as many checkpoints as models; or as `resolve_models`, `create_model`, `ImageData`.
+        ValueError: A model has no trained merges; or as `resolve_models`, `ImageData`.
     """
     settings = {key: value for key, value in {**locals(), **data}.items() if key not in ('data', 'output')}
-    if checkpoint and len(checkpoint) != len(models):
-        raise ValueError(f'{len(checkpoint)} checkpoints for {len(models)} models: give one for each.')
     output, on = Path(output), find_device(device)
-    found = _Found(f'{data_name(data)[0]}, {split}', ablation)
+    summaries: Dict[str, Dict[str, Any]] = {}
+    residual: Dict[str, Dict[str, Profile]] = {}  # of the ResNets
+    ablations: Dict[str, Ablation] = {}
+    matches: Dict[str, np.ndarray] = {}
     with new_folder(output) as partial, tempfile.TemporaryDirectory() as temporary:
-        sources = resolve_models(models, Path(temporary), checkpoint)
+        sources = resolve_models(models, Path(temporary))
         prepared = []  # all models and data, before hours go into the first
-        for (label, source), file in zip(sources.items(), checkpoint or [''] * len(models)):
-            name = f'local-dir:{source}' if isinstance(source, Path) else source
-            model = create_model(name, file, num_classes, model_kwargs)
-            splits = [ImageData(model, split=part, title=f'{label}, {part}', **data)
-                      for part in (split, train_split) if part]
+        for label, source in sources.items():
+            model = load_model(source).to(on)
+            if not any(module.weight2.any() for module in model.modules() if isinstance(module, MixingWeights)):
+                raise ValueError(
+                    f'{label} has no AWM merges, or all are at the identity start, lambda = 1/n for every image: '
+                    'nothing to analyze. Name a run or a Hub folder of a trained AWM model.')
+            splits = [ImageData(model, split=part, **data) for part in (split, train_split) if part]
             prepared.append((label, model, splits))
         for label, model, splits in prepared:
-            found.add(label, model.to(on), partial / label, *splits)
-            model.cpu()
-        found.save(partial, settings)
-    for name, (label, source) in zip(models, sources.items()):
-        if source == folder_of(name) and not checkpoint and not data.get('num_images'):
-            # for `timm-awm explore`, and for who gets the folder; a sample is not worth it
-            try:
-                shutil.copyfile(output / label / REFERENCE, Path(source) / REFERENCE)
-                print(f'{Path(source) / REFERENCE}: what timm-awm explore compares a picture with.')
-            except OSError as error:
-                print(f'{REFERENCE} is not copied to the model: {error}')
-    print(f'Everything is in {output}.')
-    return found.summaries
-
-
-class _Found:
-    """All findings, by the labels of the models."""
-
-    def __init__(self, data: str, ablation: bool) -> None:
-        self.data, self.ablation = data, ablation
-        self.rows: List[Dict[str, Any]] = []  # the lines of profile.csv
-        self.summaries: Dict[str, Dict[str, Any]] = {}
-        self.residual: Dict[str, Dict[str, Tensor]] = {}  # λ of the ResNets
-        self.ablations: Dict[str, Ablation] = {}
-        self.matches: Dict[str, np.ndarray] = {}
-        self.pixels: Dict[str, np.ndarray] = {}  # by how images are prepared, for models that share it
-        self.colors: Dict[str, str] = {}  # one for a model and its curves, in all figures
-
-    def add(self, label: str, model: nn.Module, folder: Path, test: ImageData, *train: ImageData) -> None:
-        folder.mkdir()
-        self.colors[label] = f'C{len(self.summaries)}'
-        seen = observe(model, test)
-        labels = seen.labels.numpy()
-        arrays: Dict[str, Any] = {name: value.numpy() for name, value in seen.lambdas.items()}
-        summary = self.summaries[label] = dict(images=len(labels), merges=len(seen.lambdas))
-        if seen.labelled:
-            classes = len(np.unique(labels))
-            summary.update(
-                classes=classes,
-                top1=100 * float((seen.labels == seen.predictions).double().mean()),
-                between_class_share=between_class_share(np.hstack(list(arrays.values())), labels),
-                between_class_share_by_chance=(classes - 1) / (len(labels) - 1),
-            )
-        profiles = profile_merges(seen.lambdas)
-        self.rows += [
-            dict(model=label, merge=name, paths=len(mean), path=i + 1, mean=float(mean[i]), std=float(std[i]),
-                 between_class_share=between_class_share(arrays[name][:, i:i + 1], labels) if seen.labelled else None)
-            for name, (mean, std) in profiles.items() for i in range(len(mean))]
-        write_reference(folder, seen, self.data)
-        arrays.update(index=test.indices(len(labels)), label=labels, prediction=seen.predictions.numpy())
-        np.savez_compressed(folder / 'lambda.npz', **arrays)
-        if seen.residual:
-            self.residual[label] = seen.lambdas
-            summary.update(save_ranking(folder, label, seen, test))
-        else:
-            plot_paths(dict(mean=profiles), label, profiles).savefig(folder / 'profile.png', dpi=120)
-        if self.ablation and seen.labelled:
-            test.title = f'{label}, merges held constant'
-            self.ablations[label] = ablate(model, test, seen.lambdas)
-            summary['ablation'] = self.ablations[label]._asdict()
-        if train:
-            if not seen.labelled:
+            test, folder = splits[0], partial / label
+            folder.mkdir()
+            seen = observe(model, test)
+            if train_split and not seen.labelled:
                 raise ValueError('PCA and LDA need labels of two classes or more: leave --train-split out.')
-            summary['cumulative_match'] = self._match(label, observe(model, train[0]), seen, train[0], test)
-        print(_line(label, summary))
-
-    def _match(
-            self, label: str, fitted: Observed, seen: Observed, train: ImageData, test: ImageData) -> Dict[str, Any]:
-        """Finds what PCA and LDA tell of the class, from λ and from pixels."""
-        labels = fitted.labels.numpy(), seen.labels.numpy()
-        features = as_features(fitted.lambdas), as_features(seen.lambdas)
-        curve = cumulative_match(features[0], labels[0], features[1], labels[1])
-        prepared = str(train.config)
-        if prepared not in self.pixels:
-            components = min(COMPONENTS, len(labels[0]))
-            reduced = reduce_pixels(train.in_batches(PIXEL_BATCH), test.in_batches(PIXEL_BATCH), components)
-            self.pixels[prepared] = cumulative_match(reduced[0], labels[0], reduced[1], labels[1])
-        pixels = self.pixels[prepared]
-        names = f'{features[0].shape[1]} λ of {label}', f'{np.prod(train.config["input_size"]):,} pixels'
-        self.matches.update(zip(names, (curve, pixels)))
-        self.colors.update(zip(names, (self.colors[label], 'black')))
-        return dict(
-            train_images=len(labels[0]), mixing_weights=curve.tolist(), pixels=pixels.tolist(),
-            mean_difference=float((curve - pixels).mean()))
-
-    def save(self, output: Path, settings: Mapping[str, Any]) -> None:
-        """Writes what is about all models."""
-        with (output / 'profile.csv').open('w', newline='', encoding='utf-8') as file:
-            writer = csv.DictWriter(file, list(self.rows[0]))
-            writer.writeheader()
-            writer.writerows(self.rows)
+            summary = summaries[label] = _summarise(seen)
+            write_reference(folder, seen, f'{data_name(data)[0]}, {split}')
+            arrays: Dict[str, Any] = dict(seen.lambdas, index=test.indices, label=seen.labels)
+            np.savez_compressed(folder / 'lambda.npz', prediction=seen.predictions, **arrays)
+            profiles = profile_merges(seen.lambdas)
+            if all(len(mean) == 2 for mean, _ in profiles.values()):
+                residual[label] = profiles
+                summary.update(save_ranking(folder, label, seen, test))
+            else:
+                plot_paths(dict(mean=profiles), label, profiles).savefig(folder / 'profile.png', dpi=120)
+            if ablation and seen.labelled:
+                ablations[label] = ablate(model, test, seen.lambdas)
+                summary['ablation'] = ablations[label]._asdict()
+            if train_split:
+                curve, pixels = _match(observe(model, splits[1]), seen, splits[1], test)
+                matches[f'λ of {label}'], matches[f'{np.prod(test.config["input_size"]):,} pixels'] = curve, pixels
+                summary['cumulative_match'] = dict(mixing_weights=curve.tolist(), pixels=pixels.tolist())
+            print(f'{label}:', {key: value for key, value in summary.items() if isinstance(value, (int, float))})
         versions = dict(timm_awm=__version__, timm=timm.__version__, torch=torch.__version__)
-        record = dict(models=self.summaries, settings=settings, **versions)
+        record = dict(models=summaries, settings=settings, **versions)
         text = json.dumps(record, indent=2, ensure_ascii=False, default=str)
-        (output / 'summary.json').write_text(text, encoding='utf-8', errors='replace')
-        if self.residual:
-            plot_profiles(self.residual, self.colors).savefig(output / 'profile.png', dpi=120)
-        if self.ablations:
-            plot_ablations(self.ablations, self.colors).savefig(output / 'ablation.png', dpi=120)
-        if self.matches:
-            plot_cumulative_matches(self.matches, self.colors).savefig(output / 'cumulative-match.png', dpi=120)
+        (partial / 'summary.json').write_text(text, encoding='utf-8', errors='replace')
+        if residual:
+            plot_depth(residual).savefig(partial / 'profile.png', dpi=120)
+        if ablations:
+            plot_ablations(ablations).savefig(partial / 'ablation.png', dpi=120)
+        if matches:
+            plot_cumulative_matches(matches).savefig(partial / 'cumulative-match.png', dpi=120)
+    for name, (label, source) in zip(models, sources.items()):
+        if source == folder_of(name) and not data.get('num_images'):
+            # for `timm-awm explore`, and for who gets the folder; a sample is not worth it
+            with suppress(OSError):
+                shutil.copyfile(output / label / REFERENCE, folder_of(name) / REFERENCE)
+                print(f'{folder_of(name) / REFERENCE}: what timm-awm explore compares a picture with.')
+    print(f'Everything is in {output}.')
+    return summaries
 
 
-def _line(label: str, summary: Mapping[str, Any]) -> str:
-    parts = [f'{summary["images"]:,} images']
-    if 'top1' in summary:
-        parts.append(f'top-1 {summary["top1"]:.2f} %')
-    if 'ablation' in summary:
-        parts.append(f'{summary["ablation"]["all"]:.2f} % with all merges at the identity')
-    if summary.get('between_class_share') is not None:
-        parts.append(f'{summary["between_class_share"]:.1%} of the variance of lambda between classes (by chance '
-                     f'{summary["between_class_share_by_chance"]:.1%})')
-    return f'{label}: {", ".join(parts)}'
+def _summarise(seen: Observed) -> Dict[str, Any]:
+    summary: Dict[str, Any] = dict(images=len(seen.labels), merges=len(seen.lambdas))
+    if seen.labelled:
+        labels = seen.labels.numpy()
+        classes = len(np.unique(labels))
+        lambdas = {name: value.numpy() for name, value in seen.lambdas.items()}
+        summary.update(
+            classes=classes,
+            top1=100 * float((seen.labels == seen.predictions).double().mean()),
+            between_class_share=between_class_share(np.hstack(list(lambdas.values())), labels),
+            between_class_share_by_chance=(classes - 1) / (len(labels) - 1),
+            between_class_shares={name: between_class_share(value, labels) for name, value in lambdas.items()},
+        )
+    return summary
+
+
+def _match(fitted: Observed, seen: Observed, train: ImageData, test: ImageData) -> Tuple[np.ndarray, np.ndarray]:
+    """Cumulative matches of λ and of pixels."""
+    train_labels, labels = fitted.labels.numpy(), seen.labels.numpy()
+    curve = cumulative_match(as_features(fitted.lambdas), train_labels, as_features(seen.lambdas), labels)
+    of_train, of_test = [  # batches that are large enough for the principal components to settle
+        DataLoader(data.loader.dataset, 256, num_workers=data.loader.num_workers) for data in (train, test)]
+    train_pixels, test_pixels = reduce_pixels(of_train, of_test, min(COMPONENTS, len(train_labels)))
+    return curve, cumulative_match(train_pixels, train_labels, test_pixels, labels)

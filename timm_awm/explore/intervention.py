@@ -1,11 +1,9 @@
 """A network shown a picture: what it infers, as it is and with mixing weights set by hand."""
 from collections import Counter
-from contextlib import ExitStack
 from pathlib import Path
 from threading import Lock
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence
+from typing import Any, Dict, NamedTuple, Sequence
 
-import timm
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
@@ -13,17 +11,12 @@ from timm.data import create_transform, resolve_input_data_config
 from torch import Tensor
 
 from ..analysis.figures import short_name
-from ..analysis.names import Source
+from ..analysis.names import Source, load_model
 from ..analysis.profile import plot_depth, plot_paths, profile_merges
 from ..analysis.reference import ALL, read_reference
-from ..hub import load_folder
 from ..hub.folder import class_names
-from ..layers import MixingWeights, record_mixing_weights
+from ..layers import MixingWeights
 from ..layers.record import find_merges, hook_merges
-
-__all__ = ['NONE', 'Explored', 'Seen']
-
-NONE = 'none'
 
 
 class Seen(NamedTuple):
@@ -46,7 +39,7 @@ class Explored:
     def __init__(self, source: Source, label: str) -> None:
         self.label = label
         folder = source if isinstance(source, Path) else None
-        self.model = (load_folder(folder) if folder else timm.create_model(source, pretrained=True)).eval()
+        self.model = load_model(source).eval()
         self.lock = Lock()  # one picture at a time: hooks change the merges for all
         self.mixes: Dict[str, MixingWeights] = {}
         if any(isinstance(module, MixingWeights) for module in self.model.modules()):  # else the plain control
@@ -54,6 +47,10 @@ class Explored:
         paths = {name: mix.num_paths for name, mix in self.mixes.items()}
         self.reference = read_reference(folder, paths) if folder else None
         self.residual = all(number == 2 for number in paths.values())
+        # what can be set: the merges of a ResNet; the paths of each merge of a DenseNet
+        self.connections = {
+            short_name(name) + ('' if self.residual else f', path {i + 1}'): (name, i)
+            for name, number in paths.items() for i in range(1 if self.residual else number)}
         config: Any = self.model.pretrained_cfg
         names = class_names(config.get('label_names'), self.model.num_classes)
         counts = Counter(names)
@@ -66,18 +63,11 @@ class Explored:
                              'classes, and networks for pictures in colour or grey.')
         self.mode = 'RGB' if channels == 3 else 'L'
 
-    @property
-    def connections(self) -> List[str]:
-        """Names of what can be set: the merges of a ResNet; the paths of each merge of a DenseNet."""
-        if self.residual:
-            return [short_name(name) for name in self.mixes]
-        return [f'{short_name(name)}, path {i + 1}' for name, mix in self.mixes.items() for i in range(mix.num_paths)]
-
     def look(
             self,
             picture: Image.Image,
             identity: Sequence[str] = (),
-            connection: str = NONE,
+            connection: str = '',
             value: float = 0.5,
     ) -> Seen:
         """Infers the classes and λ.
@@ -85,44 +75,40 @@ class Explored:
         Args:
             picture: In RGB.
             identity: Merges to set back to λ = 1/n.
-            connection: One of `connections` to set; the other paths of its merge share the rest as they do by
-                themselves.
+            connection: One of `connections` to set, if any. The other paths of its merge share the rest as they do
+                by themselves.
             value: Its λ, from 0 to 1.
         """
-        chosen, _, path = connection.partition(', path ')
-        index = int(path or 1) - 1
+        chosen, index = self.connections.get(connection, (None, 0))
+        lambdas: Dict[str, Tensor] = {}
 
-        def change(name: str, mix: MixingWeights, scales: Tensor) -> Optional[Tensor]:
-            if short_name(name) == chosen:
+        def change(name: str, mix: MixingWeights, scales: Tensor) -> Tensor:
+            if name == chosen:
                 others = scales.clamp_min(1e-30)  # where λ is 1 they may have underflowed
                 others[:, index] = 0
                 scales = (1 - value) * others / others.sum(1, keepdim=True)
                 scales[:, index] = value
-                return mix.num_paths * scales
-            return torch.ones_like(scales) if name in identity else None
+                scales *= mix.num_paths
+            elif name in identity:
+                scales = torch.ones_like(scales)
+            lambdas[name] = scales / mix.num_paths
+            return scales
 
         image = self.transform(picture.convert(self.mode))[None]  # type: ignore[operator]
-        with self.lock, ExitStack() as stack, torch.inference_mode():
-            lambdas: Dict[str, Tensor] = {}
-            if self.mixes:
-                stack.enter_context(hook_merges(self.mixes, change))
-                lambdas = stack.enter_context(record_mixing_weights(self.model))
+        with self.lock, hook_merges(self.mixes, change), torch.inference_mode():
             probabilities = self.model(image)[0].softmax(0)
-        return Seen(probabilities, dict(lambdas))
+        return Seen(probabilities, lambdas)
 
-    def draw(self, seen: Seen) -> Optional[Figure]:
+    def draw(self, seen: Seen) -> Figure:
         """λ of the picture: of a ResNet over the depth, beside what the reference has; of a DenseNet as heat maps."""
-        if not seen.lambdas:
-            return None
         predicted = int(seen.probabilities.argmax())
         groups = self.reference['groups'] if self.reference else {}
         lines = {
             f'mean of {name}': groups[key]['merges']
             for key, name in ((ALL, 'all images'), (str(predicted), self.classes[predicted])) if key in groups}
-        colors = {**dict(zip(lines, ('gray', 'C1'))), 'this picture': 'C0'}
         lines['this picture'] = profile_merges(seen.lambdas)
         if not self.residual:
             return plot_paths(lines, self.label, groups[ALL]['merges'] if groups else None)
-        figure = plot_depth(lines, colors)
+        figure = plot_depth(lines)
         figure.set_size_inches(max(5.5, 0.2 * len(seen.lambdas)), 4)  # to be read on a phone
         return figure

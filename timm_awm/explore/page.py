@@ -17,10 +17,8 @@ import torch
 from ..analysis.figures import short_name
 from ..analysis.names import resolve_models
 from ..analysis.reference import ALL
-from .intervention import NONE, Explored, Seen
+from .intervention import Explored, Seen
 from .pictures import draw_examples, read_picture
-
-__all__ = ['explore', 'make_page']
 
 
 def make_page(models: Sequence[Explored], examples: Sequence[str]) -> gr.Blocks:
@@ -39,15 +37,14 @@ def make_page(models: Sequence[Explored], examples: Sequence[str]) -> gr.Blocks:
             top = seen.probabilities.topk(min(5, len(model.classes)))
             results += [
                 {model.classes[i]: p for i, p in zip(top.indices.tolist(), top.values.tolist())},
-                _effect(model.classes, plain, seen), _figure(model, seen)]
+                _effect(model, plain, seen), _figure(model, seen)]
         return results
 
     with gr.Blocks(title='timm-awm explore', delete_cache=(60, 600)) as page:
         gr.Markdown(
             '# Which paths does the network take?\n'
             'A merge weighs its paths for each picture anew: in a ResNet the convolutions F(x) by λ1, and the shortcut '
-            'x by 1 − λ1. '
-            'Drop a picture, then change merges and see what becomes of the prediction.')
+            'x by 1 − λ1. Drop a picture, then change merges and see what becomes of the prediction.')
         with gr.Row():
             picture: Any = gr.Image(label='Picture', type='filepath', sources=['upload', 'clipboard'], height=300)
             # opened by `read_picture`, which says what is wrong with it
@@ -59,15 +56,14 @@ def make_page(models: Sequence[Explored], examples: Sequence[str]) -> gr.Blocks:
             for model in models:
                 with gr.Column(min_width=320):
                     gr.Markdown(f'## {_literal(model.label)}\n{_about(model)}')
-                    outputs += [gr.Label(label='Classes'), gr.Markdown()]
-                    outputs.append(gr.HTML(visible=bool(model.mixes)))
+                    outputs += [gr.Label(label='Classes'), gr.Markdown(), gr.HTML(visible=bool(model.mixes))]
                     with gr.Accordion('Change merges', visible=bool(model.mixes)):
                         inputs += [
                             gr.CheckboxGroup(
                                 [(short_name(name), name) for name in model.mixes], show_select_all=True,
                                 label='Set back to the identity, λ = 1/n'),
                             gr.Dropdown(
-                                [NONE, *model.connections], value=NONE, label='Set by hand, whatever is ticked'),
+                                ['none', *model.connections], value='none', label='Set by hand, whatever is ticked'),
                             gr.Slider(0, 1, 0.5, step=0.01, label='λ of what is set by hand')]
         # an upload changes a picture twice
         triggers = [picture.upload, picture.clear, *(item.change for item in inputs[1:])]
@@ -90,24 +86,21 @@ def _about(model: Explored) -> str:
     return f'Beside {model.reference["groups"][ALL]["images"]:,} images of {_literal(model.reference["data"])}.'
 
 
-def _effect(classes: Sequence[str], plain: Seen, seen: Seen) -> str:
+def _effect(model: Explored, plain: Seen, seen: Seen) -> str:
     """Says what changed merges do to the prediction."""
-    p, q = plain.probabilities, seen.probabilities
-    if torch.equal(p, q):
+    if torch.equal(plain.probabilities, seen.probabilities):
         return ''
-    before, now = (_literal(classes[int(values.argmax())]) for values in (p, q))
-    old, new = int(p.argmax()), int(q.argmax())
-    text = f'As it is: **{before}** {p[old]:.1%}. With these merges: **{now}** {q[new]:.1%}'
-    return f'{text}.' if old == new else f'{text}, {before} {q[old]:.1%}.'
+    (p, old), (q, new) = (of.probabilities.max(0) for of in (plain, seen))
+    before, now = (_literal(model.classes[int(i)]) for i in (old, new))
+    return f'As it is: **{before}** {p:.1%}. With these merges: **{now}** {q:.1%}.'
 
 
 def _figure(model: Explored, seen: Seen) -> Optional[str]:
     """The figure for the page, with λ as its text alternative."""
-    figure = model.draw(seen)
-    if figure is None:
+    if not seen.lambdas:
         return None
     file = io.BytesIO()
-    figure.savefig(file)
+    model.draw(seen).savefig(file)
     data = base64.b64encode(file.getvalue()).decode()
     weights = '; '.join(
         f'{short_name(name)} {", ".join(f"{x:.2f}" for x in value[0])}' for name, value in seen.lambdas.items())
@@ -123,8 +116,7 @@ def explore(models: Sequence[str], host: str = '127.0.0.1', port: Optional[int] 
         port: The first free one from 7860 if not given.
 
     Raises:
-        OSError, OverflowError: The address or the port cannot be had.
-        RuntimeError, ValueError: A model cannot be had.
+        OSError, OverflowError, ValueError: The address, the port or a model cannot be had.
     """
     host = host.strip('[]')
     socket.create_server((host, port or 0), family=socket.AF_INET6 if ':' in host else socket.AF_INET).close()

@@ -7,8 +7,6 @@ import numpy as np
 from PIL import Image, ImageOps
 from sklearn.datasets import load_digits, load_sample_images
 
-__all__ = ['MEGAPIXELS', 'draw_examples', 'read_picture']
-
 FORMATS = 'PNG', 'JPEG', 'WEBP', 'GIF', 'BMP', 'TIFF'
 MEGAPIXELS = 50  # larger ones are not decoded
 
