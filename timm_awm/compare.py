@@ -29,8 +29,6 @@ from tqdm import tqdm
 from . import __version__
 from .utils import find_device
 
-__all__ = ['Settings', 'run']
-
 SEED = 0
 WARMUP = 3  # steps of each contender that are not timed
 PHASES = {'joint': (0, 0), 'backbone': (1, 0), 'merge': (1, 1)}  # the period, and an epoch of the phase

@@ -10,15 +10,12 @@ from sklearn.model_selection import train_test_split
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import AverageMeter, accuracy, random_seed, update_summary
-from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
 from tqdm import tqdm
 
 from .analysis import collect_mixing_weights, plot_profiles
 from .hub import save_for_hub
 from .utils import new_folder
-
-__all__ = ['run']
 
 MODEL = 'awm_resnet14_cifar'
 MEAN, STD = 0.305, 0.376  # of all pixels
@@ -57,7 +54,10 @@ def _run(output: Path, epochs: int, period: int) -> None:
             optimizer.step()
             optimizer.zero_grad()
             losses.update(loss.item(), len(images))
-        top1 = accuracy(_logits(model, test), torch.cat([labels for _, labels in test]))[0].item()
+        model.eval()
+        with torch.inference_mode():
+            logits = torch.cat([model(images) for images, _ in test])
+        top1 = accuracy(logits, torch.cat([labels for _, labels in test]))[0].item()
         update_summary(
             epoch, dict(loss=losses.avg, phase=optimizer.phase), dict(top1=top1), output / 'summary.csv',
             lr=optimizer.param_groups[0]['lr'], write_header=epoch == 0)
@@ -77,9 +77,3 @@ def _loaders() -> Tuple[DataLoader, DataLoader]:
     data = TensorDataset(F.interpolate(images, size=32, mode='bilinear'), torch.tensor(digits.target))
     train, test = train_test_split(range(len(data)), test_size=360, random_state=0, stratify=digits.target)
     return DataLoader(Subset(data, train), batch_size=64, shuffle=True), DataLoader(Subset(data, test), batch_size=64)
-
-
-def _logits(model: nn.Module, loader: DataLoader) -> Tensor:
-    model.eval()
-    with torch.inference_mode():
-        return torch.cat([model(images) for images, _ in loader])

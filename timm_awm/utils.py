@@ -7,15 +7,9 @@ from typing import Iterator, Optional
 
 import torch
 
-__all__ = ['find_device', 'new_folder']
-
 
 def find_device(name: Optional[str]) -> torch.device:
-    """A device by its name; if none is given, an accelerator if there is one, else the CPU.
-
-    Raises:
-        ValueError: It cannot be used.
-    """
+    """A device by its name (default: an accelerator if there is one, else the CPU); ValueError if it cannot be used."""
     try:
         return torch.empty(0, device=name or torch.accelerator.current_accelerator(check_available=True)).device
     except (AssertionError, RuntimeError) as error:
@@ -24,12 +18,8 @@ def find_device(name: Optional[str]) -> torch.device:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A folder that appears when everything in it is complete; until then a hidden folder stands beside it, which only
-    SIGKILL can leave behind.
-
-    Raises:
-        FileExistsError: It exists.
-    """
+    """A folder that appears when everything in it is complete; FileExistsError if it exists. Until then a hidden folder
+    stands beside it, which only SIGKILL can leave behind."""
     if path.exists():
         raise FileExistsError(f'{path} exists already: remove it, or choose another folder.')
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -14,8 +14,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import List, Optional
 
-__all__ = ['main']
-
 COMMANDS = dict(
     demo='demo', models='models', recipes='recipes', train='train', validate='script', benchmark='script',
     compare='compare', analyze='analyze', explore='explore', export='export', push='push')

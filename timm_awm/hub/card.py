@@ -11,8 +11,6 @@ from torch import nn
 from .. import __version__
 from ..layers import count_parameters
 
-__all__ = ['CARD', 'OWNER', 'write_card']
-
 CARD = 'README.md'
 TEMPLATE = Path(__file__).with_name('card.md')
 OWNER = 'OWNER'  # stands there for the publisher

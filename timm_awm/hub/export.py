@@ -11,8 +11,6 @@ from ..utils import new_folder
 from .folder import NEEDS, LabelNames, torch_defaults, write_folder
 from .training_run import TrainingRun, data_name, last_part, read_checkpoint, read_results
 
-__all__ = ['export_run', 'public_args']
-
 CHECKPOINTS = dict(last='last.pth.tar', best='model_best.pth.tar')
 PATHS = ('data', 'data_dir', 'class_map', 'initial_checkpoint', 'pretrained_path', 'output')
 # useless to others: where a run was reported, and where it was resumed from

@@ -18,8 +18,6 @@ from ..models.checkpoint import SAFETENSORS
 from ..utils import new_folder
 from .card import write_card
 
-__all__ = ['CONFIG', 'NEEDS', 'REFERENCE', 'LabelNames', 'class_names', 'load_folder', 'save_for_hub', 'write_folder']
-
 CONFIG = 'config.json'
 REFERENCE = 'lambda.json'  # written by timm_awm.analysis.reference
 NEEDS = 'Needs the package timm_awm: import timm_awm.'  # in descriptions

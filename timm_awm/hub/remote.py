@@ -13,8 +13,6 @@ from ..models.checkpoint import SAFETENSORS
 from .card import CARD, OWNER
 from .folder import CONFIG, REFERENCE, load_folder
 
-__all__ = ['push', 'push_space']
-
 PUBLISHED = [SAFETENSORS, CONFIG, CARD, REFERENCE, 'args.yaml', 'summary.csv']
 PACKAGE = Path(__file__).parents[1]
 APP = """\

@@ -13,8 +13,6 @@ from timm.data import create_dataset
 from timm.models import clean_state_dict
 from timm.utils import load_checkpoint_metadata
 
-__all__ = ['TrainingRun', 'data_name', 'last_part', 'read_checkpoint', 'read_results']
-
 PRIVATE = 'private'  # stands for an address or a command
 
 

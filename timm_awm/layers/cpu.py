@@ -16,8 +16,6 @@ from .mixing import wide_dtype
 from .operands import Operands
 from .torch_private import load_cpp
 
-__all__ = ['is_available', 'merge', 'merge_backward']
-
 _logger = logging.getLogger(__name__)
 
 _TYPES = {torch.float32: 'float', torch.bfloat16: 'bfloat16', torch.float64: 'double'}

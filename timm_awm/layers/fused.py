@@ -19,8 +19,6 @@ from .mixing import MixingWeights, descriptors, weigh_concat, weigh_sum, wide_dt
 from .operands import Operands, formula
 from .torch_private import has_memory, is_exactly, is_intercepted
 
-__all__ = ['set_fused_merge', 'trust', 'fuse']
-
 _start = os.environ.get('TIMM_AWM_FUSED', '1')
 if _start not in ('0', '1', '2'):
     logging.getLogger(__name__).warning(

@@ -14,8 +14,6 @@ from torch import Tensor, nn
 from .fused import fuse, trust
 from .mixing import MixingWeights, descriptors, is_mkldnn, weigh_concat, weigh_sum
 
-__all__ = ['SumMerge', 'ConcatMerge']
-
 
 class SumMerge(nn.Module):
     """Replaces F(x) + x by 2 · (λ1 · F(x) + λ2 · x), λ inferred from both paths (eq. 2, times 2).

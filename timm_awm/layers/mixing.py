@@ -8,10 +8,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function
 
-__all__ = [
-    'MixingWeights', 'channel_mean', 'count_parameters', 'descriptors', 'is_mkldnn', 'merge_parameters',
-    'mixing_logits', 'renew_compiled_guards', 'scaled_mixing_weights', 'weigh_concat', 'weigh_sum', 'wide_dtype']
-
 _live: 'weakref.WeakSet[nn.Module]' = weakref.WeakSet()
 
 

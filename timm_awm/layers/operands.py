@@ -1,4 +1,4 @@
-"""What a merge, with the BatchNorm and the ReLU beside it, is computed from, and that computation in plain torch."""
+"""The operands of a merge with the BatchNorm and the ReLU beside it, and its plain formula."""
 from typing import Any, List, NamedTuple, Optional, Tuple
 
 import torch
@@ -6,8 +6,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .mixing import descriptors, mixing_logits, scaled_mixing_weights, weigh_concat, weigh_sum
-
-__all__ = ['Operands', 'formula']
 
 
 class Operands(NamedTuple):

@@ -8,8 +8,6 @@ from torch import Tensor, nn
 
 from .mixing import MixingWeights
 
-__all__ = ['find_merges', 'hook_merges', 'record_mixing_weights']
-
 
 @contextmanager
 def record_mixing_weights(model: nn.Module) -> Iterator[Dict[str, Tensor]]:

@@ -10,8 +10,6 @@ from torch.nn.modules import module as torch_module
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
-__all__ = ['is_intercepted', 'has_memory', 'is_exactly', 'load_cpp']
-
 
 def is_intercepted() -> bool:
     """Whether torch.func, forward-mode derivatives, hooks on all modules of the process, or a mode that sees or changes

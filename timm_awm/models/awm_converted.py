@@ -16,8 +16,6 @@ from torch import nn
 from .builder import add_merges, create_awm_model
 from .checkpoint import identity_cfg
 
-__all__ = ['convert']
-
 GENERIC = 'awm_converted'
 
 

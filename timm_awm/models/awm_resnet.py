@@ -66,12 +66,12 @@ class CifarResNet(ResNet):
     def forward_intermediates(
             self, x: Tensor, indices: Optional[Union[int, List[int]]] = None, **kwargs: Any,
     ) -> Union[List[Tensor], Tuple[Tensor, List[Tensor]]]:
-        """As `timm.models.ResNet.forward_intermediates`, for the stem and three stages."""
+        """Works as `timm.models.ResNet.forward_intermediates`, for the stem and three stages."""
         return super().forward_intermediates(x, feature_take_indices(4, indices)[0], **kwargs)
 
     def prune_intermediate_layers(
             self, indices: Union[int, List[int]] = 1, prune_norm: bool = False, prune_head: bool = True) -> List[int]:
-        """As `timm.models.ResNet.prune_intermediate_layers`, for the stem and three stages."""
+        """Works as `timm.models.ResNet.prune_intermediate_layers`, for the stem and three stages."""
         taps, last = feature_take_indices(4, indices)
         if last < 3 or prune_head:
             super().prune_intermediate_layers(taps, prune_norm, prune_head)

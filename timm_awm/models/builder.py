@@ -1,4 +1,4 @@
-"""What the AWM models of all families share: how a plain network gets merges, and how models are created."""
+"""Merges for plain networks, and the creation of models: shared by all families."""
 from typing import Any, Callable, Dict, Mapping, Optional, Type
 
 import torch
@@ -16,9 +16,6 @@ from torch import nn
 
 from ..layers import ConcatMerge, SumMerge
 from .checkpoint import SAFETENSORS, checkpoint_filter, checkpoint_problem, identity_cfg
-
-__all__ = [
-    'AWM_BLOCKS', 'AWM_CLASSES', 'CIFAR10_CFG', 'AwmModel', 'add_merges', 'create_awm_model', 'register_awm_model']
 
 # timm's plain classes -> ours with merges. Each family adds its own.
 AWM_BLOCKS: Dict[Type[nn.Module], Type[nn.Module]] = {}
@@ -53,7 +50,7 @@ class AwmModel(nn.Module):
         add_merges(self, awm_hidden)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """As `torch.nn.Module.load_state_dict`; its RuntimeError says what the checkpoint is and what to do."""
+        """Loads as `torch.nn.Module` does; its RuntimeError says what the checkpoint is and what to do."""
         try:
             return super().load_state_dict(state_dict, strict=strict, assign=assign)
         except RuntimeError as error:

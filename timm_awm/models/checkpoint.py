@@ -6,8 +6,6 @@ from timm.models import PretrainedCfg
 from timm.models.densenet import _filter_torchvision_pretrained  # private: there is no other
 from torch import Tensor, nn
 
-__all__ = ['SAFETENSORS', 'checkpoint_filter', 'checkpoint_problem', 'identity_cfg']
-
 SAFETENSORS = 'model.safetensors'
 
 
