@@ -12,7 +12,9 @@ from sphinx.errors import ExtensionError
 import timm_awm
 
 ROOT = Path(__file__).parents[1]
-SOURCE = tomllib.loads((ROOT / 'pyproject.toml').read_text(encoding='utf-8'))['project']['urls'].get('Source', '')
+SOURCE = tomllib.loads((ROOT / 'pyproject.toml').read_text(encoding='utf-8'))['project']['urls']['Source']
+if '//example.org/' in SOURCE:  # until a release sets it
+    SOURCE = ''
 NAVIGATION = {
     'Start': ['docs/tour', 'docs/own-pictures'],
     'Guides': ['docs/training', 'docs/own-loops', 'docs/look-inside', 'docs/hub', 'recipes/README'],

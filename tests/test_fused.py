@@ -117,7 +117,7 @@ def test_batchnorm_is_torchs(kwargs, training):
 
 
 class Watched(nn.Parameter):
-    """As libraries have them: functions of it are their own."""
+    """A parameter with functions of its own, as libraries have them."""
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
@@ -204,7 +204,7 @@ class Swapped(nn.Sequential):
 
 
 def subclass(module):
-    """Of a subclass that doubles the output and keeps it."""
+    """Makes it of a subclass that doubles the output and keeps it."""
     own = type(module)
 
     def forward(self, *args):
@@ -331,10 +331,13 @@ def test_what_is_replaced_for_the_whole_process_is_obeyed(owner, function, name,
     assert difference(plain, fused) == 0 and all(torch.equal(y, copied) for y, copied in kept)
 
 
-def test_a_default_device_changes_nothing():
-    merge, x = SumMerge(4), torch.randn(2, 4, 3, 3)
-    with torch.device('cpu'):
-        assert merge.fused(x, x) is not None
+@pytest.mark.parametrize('norm', [None, nn.BatchNorm2d(4)], ids=['alone', 'norm'])
+def test_a_default_device_changes_nothing(norm):
+    merge, x = SumMerge(4), torch.randn(2, 4, 3, 3, requires_grad=True)
+    with torch.device('meta'):
+        y = merge.fused(x, x, norm)
+        y.sum().backward()
+    torch.testing.assert_close(y, 2 * x if norm is None else norm(x) + x)
 
 
 def test_what_the_kernels_cannot_read_is_left_to_torch():

@@ -51,7 +51,7 @@ def merge(grad, o):
 
 
 def reference(grad, o):
-    """As docs/method.md has it, with torch's BatchNorm, in float64: the result and the gradients."""
+    """The formulas of docs/method.md, with torch's BatchNorm, in float64: the result and the gradients."""
     u, v = o.u_and_v()
     leaves = [x if x is None else x.double().requires_grad_()
               for x in (u, v, o.weight1, o.weight2, o.gamma, o.beta)]

@@ -256,7 +256,7 @@ def test_symbolic_trace(name):
 
 @pytest.mark.parametrize('name', ['awm_resnet14_cifar', 'awm_densenet22_cifar'])
 def test_compiles_without_graph_breaks(name):
-    """As it is computed eagerly, where it is fused."""
+    """The numbers are those of the eager network, where it is fused."""
     model = create(name, away=True).double()
     compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend='aot_eager')
     x = images(dtype=torch.float64)

@@ -22,13 +22,7 @@ MEAN, STD = 0.305, 0.376  # of all pixels
 
 
 def run(output: Path, epochs: int = 12, period: int = 2) -> None:
-    """Train MODEL on scikit-learn's digits with alternating phases, leaving model and figure in a new folder.
-
-    Args:
-        output: New folder.
-        epochs: Number of epochs, of both phases together.
-        period: Epochs of a phase.
-    """
+    """Train MODEL on scikit-learn's digits with alternating phases, leaving model and figure in a new folder."""
     with new_folder(output) as partial:
         _run(partial, epochs, period)
     print(f'Everything is in {output}: hub/ (the model), summary.csv, lambda-profile.png')

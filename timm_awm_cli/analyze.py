@@ -1,6 +1,6 @@
 import argparse
 
-from .main import positive_int
+from .main import new_path, positive_int
 
 HELP = 'look at what the merges of trained models do with images'
 
@@ -11,7 +11,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         'the depth and by class, the images with the highest and the lowest sum of lambda1 (ResNets), the accuracy '
         'with merges set back to the identity, and what PCA and LDA tell of the class (with --train-split).')
     parser.epilog = (
-        'Example: timm-awm analyze hub/awm_resnet20_cifar.t3_c10 --dataset hfds/uoft-cs/cifar10 --input-key img '
+        'Example: timm-awm analyze hub/awm_resnet14_cifar.t3_c10 --dataset hfds/uoft-cs/cifar10 --input-key img '
         '--target-key label --split test --train-split train')
     parser.add_argument(
         'models', nargs='+', metavar='MODEL',
@@ -36,7 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
              'three times more (default: yes)')
     parser.add_argument('--device', help='device to run on (default: an accelerator if there is one, else cpu)')
     parser.add_argument(
-        '--output', default='timm-awm-analysis', metavar='FOLDER', help='new folder (default: %(default)s)')
+        '--output', type=new_path, default='timm-awm-analysis', metavar='FOLDER',
+        help='new folder (default: %(default)s)')
 
 
 def run(args: argparse.Namespace) -> None:

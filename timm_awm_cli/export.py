@@ -2,6 +2,8 @@ import argparse
 from pathlib import Path
 from typing import Tuple
 
+from .main import new_path
+
 HELP = "write a training run as a folder for the Hugging Face Hub"
 
 
@@ -12,7 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = 'Example: timm-awm export output/train/RUN awm_resnet20_cifar.t3_c10 --checkpoint best'
     parser.add_argument('run', type=Path, metavar='RUN', help="the run's folder")
     parser.add_argument(
-        'folder', type=Path, metavar='FOLDER', help='new folder, of the name that the repository is to have: MODEL.TAG')
+        'folder', type=new_path, metavar='FOLDER', help='new folder, with the name of the repository: MODEL.TAG')
     parser.add_argument(
         '--checkpoint', default='last', metavar='last|best|FILE', help='which weights (default: %(default)s)')
     parser.add_argument(
@@ -46,5 +48,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _split_and_file(text: str) -> Tuple[str, Path]:
-    split, file = text.split('=', 1)
+    split, equals, file = text.partition('=')
+    if not equals:
+        raise argparse.ArgumentTypeError(f'must be SPLIT=FILE, got {text!r}')
     return split, Path(file)

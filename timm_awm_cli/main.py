@@ -53,7 +53,7 @@ def main(args: Optional[List[str]] = None) -> int:
     except KeyboardInterrupt:
         print('Interrupted.', file=sys.stderr)
         return 130
-    except (OSError, OverflowError, RuntimeError, ValueError) as error:
+    except (ImportError, OSError, OverflowError, RuntimeError, ValueError) as error:
         print(f'timm-awm: {error}', file=sys.stderr)
         return 1
     return 0

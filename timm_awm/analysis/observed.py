@@ -48,4 +48,5 @@ def observe(model: nn.Module, batches: Batches) -> Observed:
 
 def collect_mixing_weights(model: nn.Module, images: Iterable[Tensor]) -> Dict[str, Tensor]:
     """λ of every merge as in `observe`, for batches of images without labels."""
-    return observe(model, ((batch, torch.full((len(batch),), -1)) for batch in images)).lambdas  # -1: as timm has it
+    without_labels = ((batch, batch.new_full((len(batch),), -1)) for batch in images)  # -1: as timm has it
+    return observe(model, without_labels).lambdas

@@ -73,4 +73,5 @@ def _source() -> str:
         urls = metadata('timm-awm').get_all('Project-URL') or []
     except PackageNotFoundError:  # a copy of the source
         return ''
-    return ''.join(url.removeprefix('Source, ') for url in urls if url.startswith('Source, '))
+    source = ''.join(url.removeprefix('Source, ') for url in urls if url.startswith('Source, '))
+    return '' if '//example.org/' in source else source  # until a release sets it

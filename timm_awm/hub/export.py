@@ -1,4 +1,5 @@
 """A Hub folder, written from a run of timm's train.py."""
+import re
 import shutil
 from pathlib import Path
 from typing import Any, Dict, Mapping, Optional, Union
@@ -9,7 +10,7 @@ from timm.data import resolve_input_data_config
 
 from ..utils import new_folder
 from .folder import NEEDS, LabelNames, torch_defaults, write_folder
-from .training_run import TrainingRun, data_name, last_part, read_checkpoint, read_results
+from .training_run import PRIVATE, TrainingRun, data_name, last_part, read_checkpoint, read_results
 
 CHECKPOINTS = dict(last='last.pth.tar', best='model_best.pth.tar')
 PATHS = ('data', 'data_dir', 'class_map', 'initial_checkpoint', 'pretrained_path', 'output')
@@ -77,11 +78,11 @@ def export_run(
         # train.py evaluates the averaged weights, unless they are kept on the CPU; other files may be of other epochs
         evaluated_ema = bool(args.get('model_ema')) and not args.get('model_ema_force_cpu')
         of_epoch = path.parent.resolve() == trained.folder.resolve() and not path.name.startswith('recovery')
-        row, split = rows.get(epoch, {}), args['val_split']
+        row, public = rows.get(epoch, {}), public_args(args)
+        split = public['val_split']
         if of_epoch and is_ema == evaluated_ema and row.get('eval_top1') and split not in (results or {}):
             top1, top5 = float(row['eval_top1']), float(row['eval_top5'])
             measured.append(dict(split=split, top1=top1, top5=top5, source=f'train.py, epoch {epoch}'))
-        public = public_args(args)
         (partial / 'args.yaml').write_text(yaml.safe_dump(public), encoding='utf-8')
         shutil.copyfile(trained.folder / 'summary.csv', partial / 'summary.csv')
         write_folder(
@@ -111,6 +112,12 @@ def public_args(args: Mapping[str, Any]) -> Dict[str, Any]:
     for key in ('model', 'kd_model_name'):
         if str(public.get(key)).startswith('local-dir:'):
             public[key] = 'local-dir:' + last_part(public[key].removeprefix('local-dir:'))
+    for key in ('train_split', 'val_split'):  # of web data sets, these may be addresses
+        if re.search(':/|pipe:', str(public.get(key))):
+            public[key] = PRIVATE
+    public['model_kwargs'] = {
+        key: last_part(value) if isinstance(value, str) and re.search(r'[/\\]', value) else value
+        for key, value in (public.get('model_kwargs') or {}).items()}
     scheme, _, path = str(public.get('dataset') or '').partition('/')
     if path and not data_name(args)[1]:
         public['dataset'] = f'{scheme}/{last_part(path)}'

@@ -26,6 +26,8 @@ class TrainingRun:
     def args(self) -> Dict[str, Any]:
         """The arguments of train.py, from args.yaml."""
         path = self.folder / 'args.yaml'
+        if not path.is_file():
+            raise FileNotFoundError(f'{self.folder} is no run of train.py: it has no args.yaml.')
         try:
             args = yaml.safe_load(path.read_text(encoding='utf-8'))
             args['model']

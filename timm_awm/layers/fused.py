@@ -29,9 +29,8 @@ _CPP_DEVICES = {'cpu'}  # on others torch.compile fuses
 
 
 def set_fused_merge(enable: bool = True, experimental: bool = False) -> None:
-    """Switch the fused merges on or off, for the whole process.
-
-    The environment variable TIMM_AWM_FUSED (0: off, 1: on, 2: experimental too) says how it starts.
+    """Switch the fused merges on or off, for the whole process, which starts as the environment variable TIMM_AWM_FUSED
+    says (0: off, 1: on, 2: experimental too).
 
     Off, merges are computed by the plain formula, as those that cannot be fused always are, and at the identity start a
     network gives bit for bit the output of the plain one. On, it differs by the rounding of floating point.
@@ -189,7 +188,8 @@ def fuse(
     dtype = wide_dtype(first)
     of_norm: Any
     if norm is None:
-        ones = torch.ones(sum([x.shape[1] for x in maps[:1 if is_sum else None]]), dtype=dtype)
+        width = sum([x.shape[1] for x in maps[:1 if is_sum else None]])
+        ones = first.new_ones(width, dtype=dtype)  # on its device, whatever the default
         of_norm = ones, 0 * ones, 0 * ones, 1 * ones  # the identity
     else:
         buffers = norm._buffers

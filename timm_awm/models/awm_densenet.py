@@ -19,8 +19,6 @@ from torch import Tensor, nn
 from ..layers import ConcatMerge
 from .builder import AWM_BLOCKS, AWM_CLASSES, CIFAR10_CFG, AwmModel, register_awm_model
 
-__all__ = ['AwmDenseNet', 'CifarDenseNet', 'AwmCifarDenseNet']
-
 
 class AwmDenseLayer(DenseLayer):
     """timm's DenseLayer with a merge."""

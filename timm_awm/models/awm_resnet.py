@@ -20,8 +20,6 @@ from torch import Tensor, nn
 from . import awm_resnet_blocks  # noqa: F401
 from .builder import AWM_CLASSES, CIFAR10_CFG, AwmModel, register_awm_model
 
-__all__ = ['AwmResNet', 'CifarResNet', 'AwmCifarResNet']
-
 
 class AwmResNet(AwmModel, ResNet):
     """timm's ResNet with AWM merges."""
