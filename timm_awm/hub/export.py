@@ -115,9 +115,9 @@ def public_args(args: Mapping[str, Any]) -> Dict[str, Any]:
     for key in ('train_split', 'val_split'):  # of web data sets, these may be addresses
         if re.search(':/|pipe:', str(public.get(key))):
             public[key] = PRIVATE
-    public['model_kwargs'] = {
-        key: last_part(value) if isinstance(value, str) and re.search(r'[/\\]', value) else value
-        for key, value in (public.get('model_kwargs') or {}).items()}
+    for key, value in (public.get('model_kwargs') or {}).items():
+        if isinstance(value, str) and re.search(r'[/\\]', value):
+            public['model_kwargs'] = {**public['model_kwargs'], key: last_part(value)}
     scheme, _, path = str(public.get('dataset') or '').partition('/')
     if path and not data_name(args)[1]:
         public['dataset'] = f'{scheme}/{last_part(path)}'
