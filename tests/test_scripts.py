@@ -64,17 +64,6 @@ def command(clean, monkeypatch):
     return command
 
 
-@pytest.mark.slow
-def test_script_runs_with_plugin_arguments_and_exit_status(clean):
-    path = script(clean / 'clone' / 'validate.py')
-    command = [sys.executable, '-m', 'timm_awm', 'validate', '--script', path, '--device', 'cpu']
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 7, result.stderr
-    assert json.loads(result.stdout) == dict(
-        argv=[str(path), '--device', 'cpu'], plugin=True, name='__main__', wait='PASSIVE')
-    assert f'timm-awm runs {path} --device cpu' in result.stderr
-
-
 def test_arguments_pass_through(clean, command):
     args = ['--epochs', '3', '-b', '16', '--opt-kwargs', 'base=sgd', 'period=1', 'data dir', '--crop-pct=.9', '-vb8']
     script(clean / 'other.py')
