@@ -143,5 +143,5 @@ def test_recipes(capsys):
     listed = dict(line.split(maxsplit=1) for line in table.splitlines())
     assert list(listed) == sorted(p.relative_to(folder).with_suffix('').as_posix() for p in folder.glob('*/*.yaml'))
     assert listed['imagenet/awm_resnet50'].startswith('ResNet-50, ImageNet-1k, alternating (t = 1)')
-    assert f'{folder}/NAME.yaml' in rest
+    assert 'recipes/NAME.yaml' in rest
     assert '  --opt adamw --model-kwargs awm=False --opt-kwargs   (finetune/awm_resnet50)\n' in rest

@@ -6,7 +6,6 @@ import csv
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -14,7 +13,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_optim import same
 from timm.models import load_state_dict
 
 HERE = Path(__file__).parent
@@ -108,16 +106,24 @@ def test_plain_control_and_validate(data, tmp_path):
     assert json.loads(result.stdout.split('--result')[1])['top1'] == pytest.approx(float(row['eval_top1']), abs=1e-3)
 
 
-def test_two_processes_train_like_one(data, tmp_path):
-    # one update an epoch of all 64 images, so that their order does not matter, and no statistics over a batch
-    args = ('--opt-kwargs', 'base=sgd', 'period=1', 'filter_bias_and_bn=False', '--epochs', 6, '--no-aug',
-            '--model-kwargs', 'norm_layer=groupnorm1', '--grad-accum-steps', 2, '--clip-grad', .05)
+@pytest.fixture
+def float32(tmp_path):
     recipe = tmp_path / 'float32.yaml'
     text = (HERE.parent / 'recipes/cifar10_short/awm_resnet14_cifar.yaml').read_text()
     recipe.write_text(text.replace('amp: true', 'amp: false'))
-    train(recipe, data, tmp_path, *args, '-b', 32)
+    return recipe
+
+
+# an epoch is one update by all 64 images, so that their order does not matter, and no statistics over a batch
+ONE_UPDATE = ('--no-aug', '--model-kwargs', 'norm_layer=groupnorm1', '--clip-grad', .05)
+
+
+def test_two_processes_train_like_one(data, float32, tmp_path):
+    args = ('--opt-kwargs', 'base=sgd', 'period=1', 'filter_bias_and_bn=False', '--epochs', 6, *ONE_UPDATE,
+            '--grad-accum-steps', 2)
+    train(float32, data, tmp_path, *args, '-b', 32)
     log = train(
-        recipe, data, tmp_path, *args, '-b', 16, '--experiment', 'two',
+        float32, data, tmp_path, *args, '-b', 16, '--experiment', 'two',
         '--device-modules', 'ddp_on_cpu', front=TORCHRUN)
     assert log.stderr.count('timm-awm runs') == 1
     assert epochs(log.stderr) == [(str(i), 'bm'[i % 2]) for i in range(6)]
@@ -125,36 +131,22 @@ def test_two_processes_train_like_one(data, tmp_path):
     torch.testing.assert_close(two, one, rtol=1e-3, atol=1e-5)
 
 
-def workers(agent):
-    return [int(pid) for pid in Path(f'/proc/{agent}/task/{agent}/children').read_text().split()]
-
-
-def test_elastic_restart_goes_on_in_the_right_phase(data, tmp_path):
-    args = (*PERIOD_2, '--epochs', 8, '--no-aug', '--device-modules', 'ddp_on_cpu', '--resume', 'auto')
-    recipe = 'cifar10_short/awm_resnet14_cifar'
-    train(recipe, data, tmp_path, *args, front=TORCHRUN)
-    command = [*TORCHRUN, '--max-restarts=2', '-m', 'timm_awm', *arguments(
-        recipe, data, tmp_path, *args, '--experiment', 'killed')]
-    log = tmp_path / 'log'
-    with log.open('w') as file, subprocess.Popen(
-            command, cwd=tmp_path, env=environment(tmp_path), stdout=file, stderr=file) as agent:
-        while not (tmp_path / 'killed' / 'checkpoint-2.pth.tar').exists() and agent.poll() is None:
+def test_a_killed_run_goes_on_in_the_right_phase(data, float32, tmp_path):
+    args = (*PERIOD_2, *ONE_UPDATE, '-b', 64, '--epochs', 8, '--resume', 'auto')
+    train(float32, data, tmp_path, *args)
+    killed = arguments(float32, data, tmp_path, *args, '--experiment', 'killed')
+    with subprocess.Popen(
+            [sys.executable, '-m', 'timm_awm', *killed], cwd=tmp_path, env=environment(tmp_path),
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        while not (tmp_path / 'killed' / 'checkpoint-2.pth.tar').exists() and process.poll() is None:
             time.sleep(.01)
-        os.kill(workers(agent.pid)[-1], signal.SIGKILL)
-        assert agent.wait() == 0, log.read_text()[-3000:]
-    text = log.read_text()
-    assert 'timm-awm resumes from' in text
-    before, after = text.split('timm-awm resumes from', 1)
-    first = int(epochs(after)[0][0])
-    assert first >= 3 and epochs(before)[:3] == [('0', 'b'), ('1', 'b'), ('2', 'm')]
-    assert epochs(after) == [(str(i), 'bbmm'[i % 4]) for i in range(first, 8)]
-    saved = [e for e in range(8) if (tmp_path / 'killed' / f'checkpoint-{e}.pth.tar').exists()]
-    assert len(saved) >= 7 and saved[-1] == 7  # the one that was just being saved is not made up
-    for epoch in saved:
-        one, two = (torch.load(tmp_path / name / f'checkpoint-{epoch}.pth.tar', weights_only=False)
-                    for name in ('run', 'killed'))
-        for key in ('epoch', 'state_dict', 'optimizer'):
-            assert same(one[key], two[key]), f'epoch {epoch}, {key}'
+        process.kill()
+    log = run(*killed, cwd=tmp_path).stderr
+    first = int(epochs(log)[0][0])
+    assert first >= 3 and epochs(log) == [(str(i), 'bbmm'[i % 4]) for i in range(first, 8)]
+    one, two = (torch.load(tmp_path / name / 'last.pth.tar', weights_only=False) for name in ('run', 'killed'))
+    for key in ('state_dict', 'optimizer'):
+        torch.testing.assert_close(two[key], one[key], rtol=1e-2, atol=1e-4)  # another order of the sums
 
 
 def test_errors_reach_the_user(data, tmp_path):
