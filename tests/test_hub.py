@@ -258,7 +258,8 @@ def test_save_under_other_defaults_of_torch(tmp_path, run, torch_default):
     with torch.device('cpu'):
         model = create(MODEL, away=True, dtype=torch.float32)
     save_for_hub(model, tmp_path / 'out')
-    saved = load_file(tmp_path / 'out' / 'model.safetensors')
+    with torch.device('cpu'):
+        saved = load_file(tmp_path / 'out' / 'model.safetensors')
     assert same(model, saved) and saved['conv1.weight'].dtype == torch.float32
     export_run(run, tmp_path / 'exported')
     assert (tmp_path / 'exported' / 'README.md').is_file()
