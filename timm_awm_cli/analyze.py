@@ -1,4 +1,5 @@
 import argparse
+import os
 
 from .main import new_path, positive_int
 
@@ -29,7 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     data.add_argument(
         '-b', '--batch-size', type=positive_int, default=256, metavar='N', help='images at once (default: %(default)s)')
     data.add_argument(
-        '-j', '--workers', type=int, default=4, metavar='N', help='processes that load images (default: %(default)s)')
+        '-j', '--workers', type=int, default=min(4, os.cpu_count() or 1), metavar='N',
+        help='processes that load images (default: as many as cores, at most 4)')
     parser.add_argument(
         '--ablation', action=argparse.BooleanOptionalAction, default=True,
         help='set back each merge alone, and all: the data are read once, the network runs once for each merge and '

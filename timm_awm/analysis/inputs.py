@@ -36,7 +36,7 @@ class ImageData:
             target_key: Optional[str] = None,
             num_images: Optional[int] = None,
             batch_size: int = 256,
-            workers: int = 4,
+            workers: int = 0,
     ) -> None:
         self.split = split
         self.num_classes = model.num_classes
