@@ -31,6 +31,7 @@ def script(train_one_epoch=None, create=create_optimizer_v2):
 @pytest.fixture
 def inside_train_py(monkeypatch):
     """The running script is like train.py; what is replaced in timm is put back afterwards."""
+    gc.collect()  # optimizers of earlier tests
     module = script(lambda epoch, result: result)
     monkeypatch.setitem(sys.modules, '__main__', module)
     monkeypatch.setattr(transforms_factory, 'transforms_imagenet_train', transforms_factory.transforms_imagenet_train)
@@ -115,7 +116,6 @@ def test_a_resumed_run_has_random_numbers_of_its_own(inside_train_py, monkeypatc
 
 @pytest.mark.parametrize('period', [0, 1])
 def test_ddp_looks_for_unused_parameters_where_phases_alternate(period, inside_train_py):
-    gc.collect()  # optimizers of other tests
     model = timm.create_model('awm_resnet14_cifar')
     optimizer = create_optimizer_v2(model, opt='alternating', lr=.1, period=period)
     task = ClassificationTask(model, torch.nn.CrossEntropyLoss())
