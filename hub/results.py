@@ -30,6 +30,9 @@ HUB = Path(__file__).parent
 RUNS = HUB / 'results'
 OUTPUT = HUB.parent / 'output' / 'train'  # of train.py
 CSV = RUNS / 'results.csv'
+BENCHMARK = HUB / 'benchmark-cpu-bfloat16.csv'  # as the runs were trained
+# of timm-awm compare, in the order of the table
+COMPARED = {'plain': ' awm=False', 'joint': '', 'SE': ' awm=False attn_layer=se'}
 # arguments that say where a run was made, and nothing about its result
 MACHINE = {
     'dataset', 'data_dir', 'device', 'device_modules', 'experiment', 'no_prefetcher', 'output', 'pin_mem', 'resume',
@@ -248,6 +251,24 @@ def summary(rows: List[Dict[str, Any]]) -> str:
     return lines(head + ' SE, %, and its difference |' * with_se, cells, 1)
 
 
+def against_se(rows: List[Dict[str, Any]]) -> str:
+    """The second table of hub/README.md: where SE was trained, error and cost of all three."""
+    with BENCHMARK.open() as file:
+        speeds = {(line['model'], line['phase'], line['mode']): line['ratio'] for line in csv.DictReader(file)}
+    cells = []
+    for (data, model, _, _, epochs), kinds in group(rows).items():
+        for kind, options in COMPARED.items() if 'SE' in kinds else ():
+            runs = kinds.get(kind, {})
+            cells.append((
+                f'{NETWORKS[model]} on {DATA[data]}, {epochs} epochs', kind, len(runs), errors(runs),
+                *(difference(runs, kinds.get(other, {})) if kind != other else '' for other in ('plain', 'SE')),
+                *{f'{r["param_count"]:.2f}' for r in runs.values()},
+                f'{float(speeds[model + options, "joint" if kind == "joint" else "", "train"]):.2f}'))
+    return lines(
+        '| network and data | trained | n | test error, % | difference from plain | from SE | parameters, M | '
+        'training images/s, plain = 1 |', cells, 2)
+
+
 def text(rows: List[Dict[str, Any]]) -> str:
     """The CSV."""
     file = io.StringIO()
@@ -271,8 +292,9 @@ def main() -> None:
         keep(args.folder)
     found = rows()
     CSV.write_text(text(found), encoding='utf-8')
-    for path, new in ((HUB / 'README.md', table(found)), (HUB.parent / 'README.md', summary(found))):
-        head = re.escape(new[:18]) + '.*'  # a column may come
+    tables = (HUB / 'README.md', table), (HUB / 'README.md', against_se), (HUB.parent / 'README.md', summary)
+    for path, new in ((path, make(found)) for path, make in tables):
+        head = re.escape(new[:28]) + '.*'  # a column may come
         readme = path.read_text(encoding='utf-8')
         path.write_text(re.sub(rf'{head}\n(?:\|.*\n)+', lambda _, new=new: f'{new}\n', readme), encoding='utf-8')
         print(f'{new}\n')
