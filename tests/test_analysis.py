@@ -398,6 +398,8 @@ def test_images_without_classes(world, tmp_path):
     reference = (tmp_path / 'gray.t3' / 'lambda.json').read_text()  # for who gets the model
     assert reference == (tmp_path / 'out' / 'gray.t3' / 'lambda.json').read_text()
     assert json.loads(reference)['data'] == 'flat, validation' and list(json.loads(reference)['groups']) == ['all']
+    assert analyze(world, tmp_path / 'other', '--no-ablation', models=[source]) == 0
+    assert (tmp_path / 'gray.t3' / 'lambda.json').read_text() == reference  # that of other data does not replace it
     summary = json.loads((tmp_path / 'out' / 'summary.json').read_text())['models']['gray.t3']
     assert set(summary) == {'images', 'merges', 'lowest', 'highest'} and summary['lowest'][0]['label'] is None
 
@@ -408,7 +410,9 @@ def test_images_without_classes(world, tmp_path):
     ('two', [], 'The model has 2 classes, and the data have others'),
     (RESNET, ['--device', 'nothing'], "Device 'nothing' cannot be used here"),
     (RESNET, ['--dataset', 'torch/nothing'], "The split 'validation' cannot be read (AssertionError: Unknown torch"),
-    (RESNET, ['--data-dir', 'nowhere'], "The split 'validation' cannot be read"),
+    (RESNET, ['--data-dir', 'nowhere'], 'There is no folder nowhere'),
+    (RESNET, ['--data-dir', ''], 'No data are named'),
+    (RESNET, ['--split', 'test'], "The split 'test' cannot be read (FileNotFoundError"),  # timm would read all
 ])
 def test_errors_leave_nothing(world, tmp_path, capsys, model, args, message):
     assert analyze(world, tmp_path / 'out', *args, models=[model]) == 1

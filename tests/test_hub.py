@@ -518,9 +518,15 @@ def test_public_names_stay(dataset):
     assert public_args(args) == args
 
 
-def test_splits_and_model_arguments_may_be_private():
-    args = dict(train_split='pipe:SECRET', val_split='https://me:SECRET@a.b/c', model_kwargs=dict(x='/home/me/x'))
-    assert public_args(args) == dict(train_split='private', val_split='private', model_kwargs=dict(x='x'))
+def test_any_argument_may_hold_a_path_or_an_address():
+    overlay = dict(file='/home/me/x.safetensors', num_classes=3)
+    args = dict(
+        train_split='pipe:SECRET', val_split='/home/me/{0..9}.tar', model_kwargs=dict(pretrained_cfg_overlay=overlay),
+        opt_kwargs=dict(log=['https://me:SECRET@a.b/c', 0.1]))
+    assert public_args(args) == dict(
+        train_split='private', val_split='{0..9}.tar',
+        model_kwargs=dict(pretrained_cfg_overlay=dict(file='x.safetensors', num_classes=3)),
+        opt_kwargs=dict(log=['private', 0.1]))
 
 
 def test_results_of_validate_script(run, tmp_path, capsys):

@@ -178,6 +178,7 @@ def test_newest_whole_checkpoint(tmp_path):
     save(tmp_path / 'checkpoint-9.pth.tar')
     old = save(tmp_path / 'checkpoint-10.pth.tar')
     save(tmp_path / 'recovery-11-4.pth.tar')
+    save(tmp_path / 'checkpoint-12.old.pth.tar')  # put aside by somebody
     assert last_checkpoint(tmp_path) == old
     last = save(tmp_path / 'last.pth.tar')
     assert last_checkpoint(tmp_path) == last
@@ -270,11 +271,14 @@ def test_data_of_a_recipe_give_way_to_a_folder(clean, command, capsys):
     # a copy of the same data, or a cache for them
     assert config('--dataset', 'hfds/copy') == config('--dataset', 'hfds/copy', '--data-dir', 'x') == recipe
     for wrong, message in (
-            ('meine Bilder/train', "needs folders 'train' and 'validation'"), ('.', 'has no folders with PNG or JPEG')):
+            ('meine Bilder/train', "needs folders 'train' and 'val'"), ('.', 'has no folders with PNG or JPEG'),
+            ('nowhere', 'There is no folder nowhere')):
         (clean / 'train').mkdir(exist_ok=True)
         (clean / 'val').mkdir(exist_ok=True)
         assert main(['train', '-c', 'finetune/awm_resnet50', '--data-dir', wrong]) == 1
         assert message in capsys.readouterr().err
+    assert main(['train', '-c', 'finetune/awm_resnet50', '--dataset', '']) == 1
+    assert 'name it by --data-dir' in capsys.readouterr().err
 
 
 def test_what_opt_kwargs_replace_is_said(clean, command, capsys):

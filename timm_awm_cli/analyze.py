@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         '--target-key label --split test --train-split train')
     parser.add_argument(
         'models', nargs='+', metavar='MODEL',
-        help="name of timm's, hf-hub:OWNER/NAME[@REVISION], local-dir:FOLDER, a Hub folder, or a run of train.py")
+        help="timm model name, hf-hub:OWNER/NAME[@REVISION], local-dir:FOLDER, a Hub folder, or a run of train.py")
     data = parser.add_argument_group("data, as for timm's validate.py; sizes and normalisation are the models' own")
     data.add_argument(
         '--dataset', default='', metavar='TYPE/NAME', help='such as hfds/uoft-cs/cifar10 (default: image folders)')
@@ -34,8 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help='processes that load images (default: as many as cores, at most 4)')
     parser.add_argument(
         '--ablation', action=argparse.BooleanOptionalAction, default=True,
-        help='set back each merge alone, and all: the data are read once, the network runs once for each merge and '
-             'three times more (default: yes)')
+        help='measure the accuracy with each merge, then all, at equal weights: the data are read once, the network '
+             'runs once for each merge and three times more (default: yes)')
     parser.add_argument('--device', help='device to run on (default: an accelerator if there is one, else cpu)')
     parser.add_argument(
         '--output', type=new_path, default='timm-awm-analysis', metavar='FOLDER',
@@ -43,6 +43,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    if not args.dataset and not (args.data_dir and os.path.exists(args.data_dir)):
+        where = f'There is no folder {args.data_dir}' if args.data_dir else 'No data are named'
+        raise FileNotFoundError(f'{where}: give --data-dir FOLDER, or --dataset hfds/OWNER/NAME.')
     try:
         from timm_awm import analysis
         analysis.analyze(**{key: value for key, value in vars(args).items() if key != 'command'})

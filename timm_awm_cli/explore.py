@@ -13,7 +13,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = 'Example: timm-awm explore hub/awm_resnet14_cifar.t3_c10 hub/awm_resnet14_cifar.plain_c10'
     parser.add_argument(
         'models', nargs='+', metavar='MODEL',
-        help="name of timm's, hf-hub:OWNER/NAME[@REVISION], local-dir:FOLDER, a Hub folder, or a run of train.py")
+        help="timm model name, hf-hub:OWNER/NAME[@REVISION], local-dir:FOLDER, a Hub folder, or a run of train.py")
     parser.add_argument(
         '--host', default='127.0.0.1', help='address to listen on; 0.0.0.0 lets others in (default: %(default)s)')
     parser.add_argument(

@@ -60,7 +60,7 @@ def main(args: Optional[List[str]] = None) -> int:
 
 
 def positive_int(text: str) -> int:
-    """For the type of an argument."""
+    """Argument type: an integer of at least 1."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f'must be at least 1, got {value}')
@@ -68,7 +68,7 @@ def positive_int(text: str) -> int:
 
 
 def new_path(text: str) -> Path:
-    """For the type of an argument: an output, which must not exist yet."""
+    """Argument type: the path of an output, which must not exist yet."""
     path = Path(text)
     if path.exists():
         raise argparse.ArgumentTypeError(f'{path} exists already: remove it, or choose another path')

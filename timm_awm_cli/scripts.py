@@ -102,8 +102,8 @@ def last_checkpoint(folder: Path) -> Optional[Path]:
     Raises:
         ValueError: All checkpoints are damaged.
     """
-    numbered = sorted(folder.glob('checkpoint-[0-9]*.pth.tar'), key=lambda path: -int(path.name[11:-8]))
-    kept = [*folder.glob('last.pth.tar'), *numbered]
+    numbered = [path for path in folder.glob('checkpoint-*.pth.tar') if path.name[11:-8].isdecimal()]
+    kept = [*folder.glob('last.pth.tar'), *sorted(numbered, key=lambda path: -int(path.name[11:-8]))]
     for path in (*folder.glob('tmp.pth.tar'), *kept):
         try:
             with zipfile.ZipFile(path) as file:

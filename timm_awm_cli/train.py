@@ -21,7 +21,7 @@ SPLITS = dict(train_split=('train', 'training'), val_split=('validation', 'val',
 def add_arguments(parser: ArgumentParser) -> None:
     describe(
         parser, 'train', 'timm-awm train -c cifar10/awm_resnet20_cifar --epochs 24 --decay-milestones 11 18\n'
-        'Pictures of your own, in FOLDER/train/CLASS and FOLDER/validation/CLASS:\n'
+        'Pictures of your own, in FOLDER/train/CLASS and FOLDER/val/CLASS:\n'
         '  timm-awm train -c finetune/awm_resnet50 --data-dir FOLDER\n'
         'Several processes: torchrun --nproc_per_node=2 -m timm_awm train -c RECIPE')
     parser.add_argument(
@@ -74,10 +74,14 @@ def adapt(recipe: Mapping[str, Any], given: Mapping[str, Any]) -> Dict[str, Any]
         if isinstance(value, dict) and key in given:  # train.py replaces the whole
             named = {text.partition('=')[0] for text in given[key]}
             _say_left_out(f'--{key.replace("_", "-")}', {k: v for k, v in value.items() if k not in named})
-    folder = given.get('data_dir')
-    if folder and config.get('dataset') and not given.get('dataset', '').startswith('hfds/'):  # there a cache
+    folder, dataset = given.get('data_dir'), given.get('dataset')
+    if dataset == '' and not folder:
+        raise ValueError("--dataset '' means a folder of pictures: name it by --data-dir.")
+    if folder and not dataset and not os.path.exists(folder):
+        raise FileNotFoundError(f'There is no folder {folder} (--data-dir).')
+    if folder and config.get('dataset') and not (dataset or '').startswith('hfds/'):  # there a cache
         _say_left_out('--data-dir', {key: config.pop(key) for key in DATA if key in config})
-        if not given.get('dataset') and os.path.isdir(folder):
+        if not dataset and os.path.isdir(folder):
             train, _ = [_split_folder(Path(folder), given.get(key, names[0]), names) for key, names in SPLITS.items()]
             if not {'num_classes', 'class_map'} & given.keys():
                 config['num_classes'] = _count_classes(train)
@@ -94,7 +98,7 @@ def _split_folder(root: Path, split: str, names: Sequence[str]) -> Path:
     for name in (split, *(names if split in names else ())):
         if (root / name).is_dir():
             return root / name
-    raise FileNotFoundError(f"{root} needs folders 'train' and 'validation', with a folder for each class in both.")
+    raise FileNotFoundError(f"{root} needs folders 'train' and 'val', with a folder for each class in both.")
 
 
 def _count_classes(root: Path) -> int:

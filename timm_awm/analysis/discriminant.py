@@ -1,4 +1,4 @@
-"""How well the classes can be told apart by the mixing weights alone (section 4.4 and Fig. 10)."""
+"""Classes told apart by the mixing weights alone (section 4.4 and Fig. 10)."""
 from typing import Mapping, Tuple
 
 import numpy as np
@@ -28,7 +28,7 @@ def cumulative_match(
         test_labels: np.ndarray,
         components: int = COMPONENTS,
 ) -> np.ndarray:
-    """How often the class of an image is among the k nearest class means after PCA and LDA.
+    """Percentage of images whose class is among the k nearest class means, after PCA and LDA.
 
     PCA reduces the features to `components`; LDA turns these into as many, or one less than there are classes if that
     is less. (The paper says only that both together lead to 30 dimensions.) Distances are Euclidean.

@@ -1,4 +1,5 @@
 """The images of an analysis, read by timm."""
+import os
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Iterator, Optional, Tuple, Union
@@ -51,6 +52,9 @@ class ImageData:
                 input_img_mode='RGB' if self.config['input_size'][0] == 3 else 'L',
             )
             images[0]
+            root = getattr(getattr(images, 'reader', None), 'root', None)
+            if not dataset and str(root) == str(data_dir) and {'train', 'val', 'validation'} & set(os.listdir(root)):
+                raise FileNotFoundError('there is no such folder')  # timm would read all of them
         except ModuleNotFoundError:
             raise
         except Exception as error:  # readers raise errors of all kinds

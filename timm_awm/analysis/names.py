@@ -19,8 +19,8 @@ def resolve_models(names: Sequence[str], temporary: Path) -> Dict[str, Source]:
     """Finds models by what people call them.
 
     Args:
-        names: Of each model the name that timm has for it, `hf-hub:OWNER/NAME[@REVISION]`, `local-dir:FOLDER`, or a
-            folder: a Hub folder or a run of train.py. A model of the Hub is fetched into its cache.
+        names: Names of models: timm's, `hf-hub:OWNER/NAME[@REVISION]`, `local-dir:FOLDER`, or a folder, which is a Hub
+            folder or a run of train.py. A model of the Hub is fetched into its cache.
         temporary: Folder that runs are exported to, with the weights of their last epoch.
 
     Returns:

@@ -1,4 +1,4 @@
-"""How the weights vary over the depth of a network (Fig. 6), from image to image and with the class."""
+"""Mixing weights over the depth of a network (Fig. 6), by image and by class."""
 from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence
 
 import numpy as np

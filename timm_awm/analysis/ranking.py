@@ -1,4 +1,4 @@
-"""Which images use their convolutions most, and which least (Fig. 7)."""
+"""Images ranked by how much they use the convolutions (Fig. 7)."""
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Sequence, Tuple
 

@@ -28,6 +28,14 @@ def write_reference(folder: Path, seen: Observed, data_name: str) -> None:
     (folder / REFERENCE).write_text(text, encoding='utf-8', errors='replace')  # names of files need not be valid
 
 
+def data_of(path: Path) -> Optional[str]:
+    """Data set and split of a lambda.json; None if it is damaged."""
+    try:
+        return json.loads(path.read_text(encoding='utf-8'))['data']
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
 def read_reference(folder: Path, paths: Mapping[str, int]) -> Optional[Dict[str, Any]]:
     """Reads lambda.json in a model's folder, with a `Profile` for each merge; None if there is nothing.
 

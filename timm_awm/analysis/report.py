@@ -23,7 +23,7 @@ from .names import folder_of, load_model, resolve_models
 from .observed import Observed, observe
 from .profile import Profile, between_class_share, plot_depth, plot_paths, profile_merges
 from .ranking import save_ranking
-from .reference import write_reference
+from .reference import data_of, write_reference
 
 
 def analyze(
@@ -107,9 +107,13 @@ def analyze(
     for name, (label, source) in zip(models, sources.items()):
         if source == folder_of(name) and not data.get('num_images'):
             # for `timm-awm explore`, and for who gets the folder; a sample is not worth it
+            new, own = output / label / REFERENCE, folder_of(name) / REFERENCE
             with suppress(OSError):
-                shutil.copyfile(output / label / REFERENCE, folder_of(name) / REFERENCE)
-                print(f'{folder_of(name) / REFERENCE}: what timm-awm explore compares a picture with.')
+                if own.exists() and data_of(own) not in (None, data_of(new)):
+                    print(f'{own} is of {data_of(own)}, and stays: delete it to have that of {data_of(new)} there.')
+                    continue
+                shutil.copyfile(new, own)
+                print(f'{own}: what timm-awm explore compares a picture with.')
     print(f'Everything is in {output}.')
     return summaries
 

@@ -10,10 +10,9 @@ from timm.data import resolve_input_data_config
 
 from ..utils import new_folder
 from .folder import NEEDS, LabelNames, torch_defaults, write_folder
-from .training_run import PRIVATE, TrainingRun, data_name, last_part, read_checkpoint, read_results
+from .training_run import TrainingRun, data_name, last_part, read_checkpoint, read_results
 
 CHECKPOINTS = dict(last='last.pth.tar', best='model_best.pth.tar')
-PATHS = ('data', 'data_dir', 'class_map', 'initial_checkpoint', 'pretrained_path', 'output')
 # useless to others: where a run was reported, and where it was resumed from
 DROPPED = ('wandb_project', 'wandb_tags', 'wandb_resume_id', 'resume')
 
@@ -36,10 +35,10 @@ def export_run(
         checkpoint: 'last', 'best' (of the evaluated epochs), or a file.
         use_ema: Take the averaged weights, if the run has them. train.py evaluates these.
         tag: Names these weights, such as t3_c10.
-        license: Of these weights (default: that of timm's weights from which the run started, apache-2.0 if it started
+        license: Licence of the weights (default: that of timm's weights from which the run started, apache-2.0 if it started
             from none, no licence if it started from a file).
         label_names: As for `save_for_hub` (default: those of the data set, if it is at hand).
-        results: What timm's validate.py wrote by --results-file, by split. It replaces what train.py measured there.
+        results: Files that timm's validate.py wrote with --results-file, by split. They replace what train.py measured.
 
     Raises:
         FileExistsError: The folder exists.
@@ -107,18 +106,23 @@ def export_run(
 
 def public_args(args: Mapping[str, Any]) -> Dict[str, Any]:
     """Arguments of train.py without folders of the machine, addresses and commands."""
-    public = {key: value for key, value in args.items() if key not in DROPPED}
-    public.update((key, last_part(str(public[key]))) for key in PATHS if public.get(key))
+    public = {key: _public(value) for key, value in args.items() if key not in DROPPED}
     for key in ('model', 'kd_model_name'):
-        if str(public.get(key)).startswith('local-dir:'):
-            public[key] = 'local-dir:' + last_part(public[key].removeprefix('local-dir:'))
-    for key in ('train_split', 'val_split'):  # of web data sets, these may be addresses
-        if re.search(':/|pipe:', str(public.get(key))):
-            public[key] = PRIVATE
-    for key, value in (public.get('model_kwargs') or {}).items():
-        if isinstance(value, str) and re.search(r'[/\\]', value):
-            public['model_kwargs'] = {**public['model_kwargs'], key: last_part(value)}
-    scheme, _, path = str(public.get('dataset') or '').partition('/')
-    if path and not data_name(args)[1]:
-        public['dataset'] = f'{scheme}/{last_part(path)}'
+        if str(args.get(key)).startswith('hf'):  # hf-hub:, and timm's other spellings
+            public[key] = args[key]
+    scheme, _, path = str(args.get('dataset') or '').partition('/')
+    if path:
+        public['dataset'] = args['dataset'] if data_name(args)[1] else f'{scheme}/{last_part(path)}'
     return public
+
+
+def _public(value: Any) -> Any:
+    """A value without the folders of paths, and without addresses and commands, however deep they stand in it."""
+    if isinstance(value, dict):
+        return {key: _public(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_public(item) for item in value]
+    if not isinstance(value, str) or not re.search(r'[/\\]|^\.|pipe:|local-dir:', value):
+        return value
+    scheme = 'local-dir:' * value.startswith('local-dir:')
+    return scheme + last_part(value.removeprefix(scheme))

@@ -153,7 +153,7 @@ static void for_rows(const Shape& s, const A* const (&inputs)[I], A* const (&out
 
 template <bool with_var>
 static void moments(const Shape& s, const T* x, A* mean, A* var) {
-    // of deviations from something near the mean, for E[x²] - E[x]² loses all digits where the mean is large
+    // sums deviations from something near the mean: E[x²] - E[x]² loses all digits where the mean is large
     std::vector<A> shift(s.N * s.C);
     if (with_var) {
         const int64_t samples = std::min<int64_t>(8, s.P);
@@ -251,7 +251,7 @@ struct Merge {
         with_constants([&](auto two, auto relu) { affine_act<two(), relu()>(y); });
     }
 
-    // of the moments of what is normalised
+    // m and variance are those of what is normalised
     void normalise(const A* m, const A* variance) {
         if (running_mean) {
             mu.assign(running_mean, running_mean + C), sigma2.assign(running_var, running_var + C);
@@ -356,7 +356,8 @@ struct Merge {
         });
     }
 
-    // Of m, the mean of what is normalised. Adds to grad_mean; grad_var, of its variance, is the same for all images.
+    // Gradients through the statistics of what is normalised; m is its mean. Adds to grad_mean; grad_var is the same for
+    // all images.
     void normalise_backward(const A* m, A* grad_gamma, A* grad_beta) {
         for (int64_t c = 0; c < C; ++c) {
             const A r = 1 / std::sqrt(sigma2[c] + eps), grad = grad_k[c] - mu[c] * grad_t[c];

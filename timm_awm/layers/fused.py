@@ -66,7 +66,7 @@ trust(torch, 'batch_norm', 'relu', 'relu_', 'conv2d')
 
 def _can_fuse(
         merge: Any, maps: Sequence[Tensor], norm: Any, skipped: Sequence[Tuple[Any, type]], is_sum: bool) -> bool:
-    """Whether nothing is skipped that somebody has changed, and C++, which reads memory, finds what it expects."""
+    """Whether every call that fusion skips is unchanged, and the tensors are what the C++ code expects."""
     if not _enabled or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
     first = maps[0]
@@ -141,7 +141,7 @@ class _FusedMerge(Function):
         if create_graph or not has_memory(grad) or is_intercepted():
             # it is itself differentiated, or of a batch of gradients, or watched: autograd's, of the plain formula
             needed = ctx.needs_input_grad
-            with torch.enable_grad():  # of aliases, for one input may be computed from another
+            with torch.enable_grad():  # with respect to aliases: one input may be computed from another
                 flat = [x.view_as(x) if isinstance(x, Tensor) else x for x in operands.flat()]
                 y = formula(Operands.of(*flat))
                 results = iter(torch.autograd.grad(

@@ -44,7 +44,7 @@ def mixing_logits(z: Tensor, weight1: Tensor, weight2: Tensor) -> Tensor:
         return handle_torch_function(mixing_logits, (z,), z, weight1, weight2)
     if not torch.jit.is_tracing() and z.shape[1] != weight1.shape[1]:
         raise ValueError(f'The paths have {z.shape[1]} channels together, but the merge was made for '
-                         f'{weight1.shape[1]}: give it the channels of its paths.')
+                         f'{weight1.shape[1]}: SumMerge takes the channels of one path, ConcatMerge those of each.')
     weight1, weight2 = weight1.to(z.dtype), weight2.to(z.dtype)
     if z.is_meta or not torch.is_autocast_enabled(z.device.type):  # autocast does not know the meta device
         return F.linear(F.relu(F.linear(z, weight1)), weight2)

@@ -24,12 +24,12 @@ class Operands(NamedTuple):
 
     @classmethod
     def of(cls, *values: Any) -> 'Operands':
-        """From `flat`."""
+        """Operands from what `flat` returns."""
         others = len(cls._fields) - 1
         return cls._make((*values[:others], values[others:]))
 
     def flat(self) -> Tuple[Any, ...]:
-        """All of them, the maps one by one, as autograd needs them."""
+        """The fields as one tuple, each map by itself, as autograd needs them."""
         return *self[:-1], *self.maps
 
     def channels(self) -> List[int]:

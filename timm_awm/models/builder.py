@@ -64,7 +64,7 @@ def add_merges(model: nn.Module, awm_hidden: Optional[int] = None) -> nn.Module:
     they were, so that with the same seed the plain network gets the same weights, order of data and augmentations.
 
     Args:
-        model: Of a class in AWM_CLASSES, made of blocks in AWM_BLOCKS.
+        model: Plain model, its class in AWM_CLASSES and its blocks in AWM_BLOCKS.
         awm_hidden: Width e of the merges' hidden layers; that of the paper and its authors if not given.
 
     Raises:
@@ -144,7 +144,7 @@ def register_awm_model(
 
     Args:
         module: globals() of the file, whose `default_cfgs` gets the model's.
-        name: Of the AWM model.
+        name: Name of the AWM model.
         plain: Builds the plain network; None: timm's of the same name, whose checkpoints, with the merges at the
             identity, are its starts: `resnet50.a1_in1k` becomes `awm_resnet50.a1_in1k_identity`.
         cfg: The pretrained_cfg of a model without weights.

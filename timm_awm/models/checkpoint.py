@@ -1,4 +1,4 @@
-"""Which checkpoints an AWM model starts from, and what keeps it from one that does not fit."""
+"""Plain checkpoints as starts of AWM models, and errors for those that do not fit."""
 from dataclasses import replace
 from typing import Any, Dict, Iterable, Mapping
 

@@ -8,7 +8,6 @@ default_registry.register(OptimInfo(
     name='alternating',  # no underscore: timm's factory drops a prefix that ends in one
     opt_class=Alternating,
     description='Trains backbone and AWM merges in alternating epochs with any other optimizer (base=..., period=...)',
-    has_eps=True,
     has_momentum=True,
     has_betas=True,
 ))

@@ -139,7 +139,7 @@ class Alternating(Optimizer):
         renew_compiled_guards(self._parameters(MERGE))
 
     def step(self, closure: Optional[Callable[[], float]] = None) -> Optional[float]:  # type: ignore[override]
-        if self.epoch is None and all(group['lr'] == 0 for group in self.param_groups):
+        if self.epoch is None and not self.state and all(group['lr'] == 0 for group in self.param_groups):
             return self.base.step(closure)  # changes nothing: torch.distributed.checkpoint creates the state so
         idle = _IDLE[self.phase]
         for p in self._parameters(idle) if idle else []:
