@@ -100,12 +100,3 @@ def test_errors_leave_no_csv(args, message, tmp_path, capsys, monkeypatch):
     captured = capsys.readouterr()
     assert message in captured.err and 'round' not in captured.err  # nothing was measured
     assert [path.name for path in tmp_path.iterdir()] == ['file']
-
-
-def test_a_csv_that_exists_is_kept(tmp_path, capsys):
-    path = tmp_path / 'results.csv'
-    path.write_text('precious')
-    with pytest.raises(SystemExit, match='2'):
-        main(['compare', '--csv', str(path)])
-    assert 'exists already: remove it, or choose another path' in capsys.readouterr().err
-    assert path.read_text() == 'precious'

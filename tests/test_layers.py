@@ -123,7 +123,7 @@ def test_another_number_of_maps_or_channels_is_refused():
     with pytest.raises(ValueError, match='Got 4 maps for a merge of 2 paths'):
         ConcatMerge([12, 12])([x] * 4)  # as many channels in all
     for call in (lambda: SumMerge(8)(x, x), lambda: ConcatMerge([8, 8])([x, x])):
-        with pytest.raises(ValueError, match='paths have 12 channels together, but the merge was made for 16: SumMerge'):
+        with pytest.raises(ValueError, match='12 channels together, but the merge was made for 16: SumMerge'):
             call()
 
 

@@ -35,10 +35,10 @@ def export_run(
         checkpoint: 'last', 'best' (of the evaluated epochs), or a file.
         use_ema: Take the averaged weights, if the run has them. train.py evaluates these.
         tag: Names these weights, such as t3_c10.
-        license: Licence of the weights (default: that of timm's weights from which the run started, apache-2.0 if it started
-            from none, no licence if it started from a file).
+        license: Licence of the weights (default: that of timm's weights from which the run started, apache-2.0 if it
+            started from none, no licence if it started from a file).
         label_names: As for `save_for_hub` (default: those of the data set, if it is at hand).
-        results: Files that timm's validate.py wrote with --results-file, by split. They replace what train.py measured.
+        results: Files that validate.py wrote with --results-file, by split. They replace what train.py measured.
 
     Raises:
         FileExistsError: The folder exists.
