@@ -519,13 +519,11 @@ def test_public_names_stay(dataset):
 
 
 def test_any_argument_may_hold_a_path_or_an_address():
-    overlay = dict(file='/home/me/x.safetensors', num_classes=3)
     args = dict(
-        train_split='pipe:SECRET', val_split='/home/me/{0..9}.tar', model_kwargs=dict(pretrained_cfg_overlay=overlay),
+        train_split='pipe:SECRET', val_split='/home/me/{0..9}.tar', model_kwargs=dict(overlay=dict(file='/me/x', n=3)),
         opt_kwargs=dict(log=['https://me:SECRET@a.b/c', 0.1]))
     assert public_args(args) == dict(
-        train_split='private', val_split='{0..9}.tar',
-        model_kwargs=dict(pretrained_cfg_overlay=dict(file='x.safetensors', num_classes=3)),
+        train_split='private', val_split='{0..9}.tar', model_kwargs=dict(overlay=dict(file='x', n=3)),
         opt_kwargs=dict(log=['private', 0.1]))
 
 

@@ -20,7 +20,6 @@ TRAIN = os.environ.get('TIMM_TRAIN_SCRIPT', '')
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.timeout(1800),
     pytest.mark.skipif(
         not TRAIN, reason="NOT TESTED: timm's real train.py. Clone timm at the tag of the installed version and set "
                           'TIMM_TRAIN_SCRIPT to its train.py'),

@@ -22,21 +22,15 @@ def as_features(lambdas: Mapping[str, Tensor]) -> np.ndarray:
 
 
 def cumulative_match(
-        train: np.ndarray,
-        train_labels: np.ndarray,
-        test: np.ndarray,
-        test_labels: np.ndarray,
-        components: int = COMPONENTS,
-) -> np.ndarray:
+        train: np.ndarray, train_labels: np.ndarray, test: np.ndarray, test_labels: np.ndarray) -> np.ndarray:
     """Percentage of images whose class is among the k nearest class means, after PCA and LDA.
 
-    PCA reduces the features to `components`; LDA turns these into as many, or one less than there are classes if that
-    is less. (The paper says only that both together lead to 30 dimensions.) Distances are Euclidean.
+    PCA reduces the features to 30; LDA turns these into as many, or one less than there are classes if that is less.
+    (The paper says only that both together lead to 30 dimensions.) Distances are Euclidean.
 
     Args:
         train, test: (images, features).
         train_labels, test_labels: (images,).
-        components: Dimensions; less where there are fewer features, images or classes.
 
     Returns:
         Percent of the test images for k from 1 to 10, or to the number of classes.
@@ -49,7 +43,7 @@ def cumulative_match(
     unknown = np.setdiff1d(test_labels, classes)
     if len(unknown):
         raise ValueError(f'There are no training images of class {unknown[0]}: take more of them.')
-    pca = PCA(min(components, *train.shape), random_state=0).fit(train)
+    pca = PCA(min(COMPONENTS, *train.shape), random_state=0).fit(train)
     # LDA scales to equal variance, rounding errors too
     kept = int((pca.explained_variance_ > 1e-12 * np.square(train).mean()).sum())
     lda = LinearDiscriminantAnalysis().fit(pca.transform(train)[:, :kept], train_labels)

@@ -11,7 +11,7 @@ from .figures import LEAST_SPAN, literal
 from .inputs import ImageData
 from .observed import Observed
 
-SHOWN = 20  # images at either end
+SHOWN, COLUMNS = 20, 10  # images at either end, in rows of ten
 
 
 def rank_images(lambdas: Mapping[str, Tensor]) -> Tuple[np.ndarray, np.ndarray]:
@@ -53,19 +53,14 @@ def save_ranking(folder: Path, label: str, seen: Observed, data: ImageData) -> D
     return listed
 
 
-def plot_contact_sheet(groups: Mapping[str, Sequence[Tuple[np.ndarray, str]]], columns: int = 10) -> Figure:
-    """Draw images with captions.
-
-    Args:
-        groups: Title of a group -> its images, (height, width, 1 or 3) from 0 to 1, each with its caption.
-        columns: Images in a row.
-    """
-    rows = [-(-len(group) // columns) for group in groups.values()]
-    figure = Figure(figsize=(1.3 * columns, sum(1.75 * n + 0.5 for n in rows)), layout='constrained')
+def plot_contact_sheet(groups: Mapping[str, Sequence[Tuple[np.ndarray, str]]]) -> Figure:
+    """Draw groups of images by their titles; images are (height, width, 1 or 3) from 0 to 1, each with its caption."""
+    rows = [-(-len(group) // COLUMNS) for group in groups.values()]
+    figure = Figure(figsize=(1.3 * COLUMNS, sum(1.75 * n + 0.5 for n in rows)), layout='constrained')
     parts = figure.subfigures(len(groups), 1, height_ratios=rows, squeeze=False)
     for part, count, (title, group) in zip(parts[:, 0], rows, groups.items()):
         part.suptitle(literal(title, 100))
-        axes = part.subplots(count, columns, squeeze=False).ravel()
+        axes = part.subplots(count, COLUMNS, squeeze=False).ravel()
         for ax in axes:
             ax.set_axis_off()
         for ax, (image, caption) in zip(axes, group):

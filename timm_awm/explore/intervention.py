@@ -64,12 +64,7 @@ class Explored:
         self.mode = 'RGB' if channels == 3 else 'L'
 
     def look(
-            self,
-            picture: Image.Image,
-            identity: Sequence[str] = (),
-            connection: str = '',
-            value: float = 0.5,
-    ) -> Seen:
+            self, picture: Image.Image, identity: Sequence[str] = (), connection: str = '', value: float = .5) -> Seen:
         """Infers the classes and λ.
 
         Args:

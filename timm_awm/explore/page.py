@@ -127,16 +127,10 @@ def explore(models: Sequence[str], host: str = '127.0.0.1', port: Optional[int] 
         page = make_page(explored, draw_examples(Path(temporary)))
         address = f'[{host}]' if ':' in host else host
         page.launch(
-            server_name=address,
-            server_port=port,
-            share=False,
-            max_file_size='50mb',
-            show_error=True,
-            quiet=True,
-            footer_links=[],
+            server_name=address, server_port=port, share=False, max_file_size='50mb', show_error=True, quiet=True,
+            footer_links=[], prevent_thread_lock=True,
             theme=gr.themes.Base(font=['system-ui', 'sans-serif'], font_mono=['monospace']),
             css='.prose h2 { font-size: min(1.5em, 5vw) !important; overflow-wrap: anywhere }',
-            prevent_thread_lock=True,
         )
         print(f'The page is at http://{address}:{page.server_port}/ until you press Ctrl+C.', flush=True)
         page.block_thread()

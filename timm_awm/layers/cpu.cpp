@@ -356,8 +356,7 @@ struct Merge {
         });
     }
 
-    // Gradients through the statistics of what is normalised; m is its mean. Adds to grad_mean; grad_var is the same for
-    // all images.
+    // Gradients through statistics; m is the mean of what is normalised. Adds to grad_mean; grad_var is one for all.
     void normalise_backward(const A* m, A* grad_gamma, A* grad_beta) {
         for (int64_t c = 0; c < C; ++c) {
             const A r = 1 / std::sqrt(sigma2[c] + eps), grad = grad_k[c] - mu[c] * grad_t[c];

@@ -169,12 +169,7 @@ def _compiled_tail() -> Any:
 
 
 def fuse(
-        merge: Any,
-        maps: Sequence[Tensor],
-        norm: Any,
-        act: Any,
-        skipped: Sequence[Tuple[Any, type]],
-        is_sum: bool,
+        merge: Any, maps: Sequence[Tensor], norm: Any, act: Any, skipped: Sequence[Tuple[Any, type]], is_sum: bool,
         conv: Any = None,
 ) -> Optional[Tensor]:
     """A merge with the BatchNorm and the ReLU beside it, fused; or None, with nothing done, where it cannot be fused.
