@@ -400,7 +400,7 @@ def test_the_step_keeps_no_more_than_the_plain_network():
             weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
             kept[awm] = sum(size for pointer, size in seen.items() if pointer not in weights)
             del out
-        assert kept[True] < 1.1 * kept[False], name
+        assert kept[True] < (0.85 if 'dense' in name else 1.1) * kept[False], name
 
 
 MERGE = """

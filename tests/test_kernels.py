@@ -29,15 +29,15 @@ def operands(shape, kind='sum', training=True, relu=True, dtype=torch.float32, l
     """A gradient, and what to compute from."""
     grad, u, v = maps(3, shape, dtype, layout)
     c = shape[1]
-    widths = () if kind == 'sum' else (c - c // 2, c // 2)
+    paths = (u, v) if kind == 'sum' else u.split([c - c // 2, c // 2], dim=1)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     generator = torch.Generator().manual_seed(1)
     weight1, weight2, gamma, beta, mean, var = (
         torch.randn(*size, generator=generator, dtype=wide)
-        for size in ((9, c if widths else 2 * c), (2, 9), *4 * [(c,)]))
+        for size in ((9, sum(x.shape[1] for x in paths)), (2, 9), *4 * [(c,)]))
     gamma[::3], gamma[1::5] = 0.004, 0.
     running = (None, None) if training else (mean, var.square() + 0.1)
-    return grad, Operands(widths, 1e-5, relu, weight1 / 5, weight2, gamma, beta, *running, u, None if widths else v)
+    return grad, Operands.of(kind == 'sum', 1e-5, relu, weight1 / 5, weight2, gamma, beta, *running, *paths)
 
 
 def merge(grad, o):
@@ -45,15 +45,16 @@ def merge(grad, o):
     given = copy.deepcopy((grad, o))
     y, saved, _ = cpu.merge(o)
     results = dict(zip(('y', *TENSORS), (y, *cpu.merge_backward(grad, saved, o)), strict=True))
-    for x, y in zip((grad, *o), (given[0], *given[1]), strict=True):
+    for x, y in zip((grad, *o.flat()), (given[0], *given[1].flat()), strict=True):
         assert not isinstance(x, Tensor) or torch.equal(x.nan_to_num(77), y.nan_to_num(77))
     return results
 
 
 def reference(grad, o):
     """The formulas of docs/method.md, with torch's BatchNorm, in float64: the result and the gradients."""
+    u, v = o.u_and_v()
     leaves = [x if x is None else x.double().requires_grad_()
-              for x in (o.u, o.v, o.weight1, o.weight2, o.gamma, o.beta)]
+              for x in (u, v, o.weight1, o.weight2, o.gamma, o.beta)]
     u, v, weight1, weight2, gamma, beta = leaves
 
     def norm(x):
@@ -66,7 +67,7 @@ def reference(grad, o):
         scales = len(paths) * sigma / sigma.sum(1, keepdim=True)
         return [scales[:, i, None, None, None] * path for i, path in enumerate(paths)]
 
-    y = sum(weigh(norm(u), v)) if v is not None else norm(torch.cat(weigh(*u.split(o.widths, dim=1)), dim=1))
+    y = sum(weigh(norm(u), v)) if o.is_sum else norm(torch.cat(weigh(*u.split(o.channels(), dim=1)), dim=1))
     y = y.relu() if o.relu else y
     grads = iter(torch.autograd.grad(y, [x for x in leaves if x is not None], grad.double()))
     return dict(zip(('y', *TENSORS), (y.detach(), *(x if x is None else next(grads) for x in leaves))))
@@ -74,7 +75,7 @@ def reference(grad, o):
 
 def check(grad, o):
     """Within the rounding of the widest terms, and once that of the maps' dtype; maps are laid out as the first."""
-    u = o.u
+    u = o.u_and_v()[0]
     layout = NCHW if u.is_contiguous() else NHWC
     unit = 2 ** -8 if u.dtype == torch.bfloat16 else 0
     actual = merge(grad, o)
@@ -133,11 +134,11 @@ def test_statistics_of_large_means_and_outliers(shape, layout):
     _, o = operands(shape, layout=layout)
 
     def check_statistics(x, rtol):
-        mean, var = cpu.merge(o._replace(u=x))[2].double()
+        mean, var = cpu.merge(o._replace(maps=(x, o.maps[1])))[2].double()
         torch.testing.assert_close(mean, x.double().mean((0, 2, 3)), rtol=1e-6, atol=1e-9)
         torch.testing.assert_close(var, x.double().var((0, 2, 3), correction=0), rtol=rtol, atol=0)
 
-    x = o.u * 0.1 + 100
+    x = o.maps[0] * 0.1 + 100
     x[:, ::2] -= 200
     check_statistics(x, 1e-4)
     check_statistics(x * 0 + 3, 0)  # a constant map
@@ -151,11 +152,11 @@ def test_mixed_layouts(first):
     other = NCHW if first == NHWC else NHWC
     shape = 2, 6, 5, 7
     grad, o = operands(shape, layout=other)
-    u = o.u.contiguous(memory_format=first)
-    check(grad, o._replace(u=u, weight1=o.weight1.t().contiguous().t()))
-    check(torch.tensor(0.3).expand(shape), o._replace(u=u))  # as a mean's gradient is
+    u, v = o.maps[0].contiguous(memory_format=first), o.maps[1]
+    check(grad, o._replace(maps=(u, v), weight1=o.weight1.t().contiguous().t()))
+    check(torch.tensor(0.3).expand(shape), o._replace(maps=(u, v)))  # as a mean's gradient is
     strided = torch.zeros(*shape[:3], 2 * shape[3])[..., ::2].copy_(u)  # neither layout
-    check(grad, o._replace(u=strided))
+    check(grad, o._replace(maps=(strided, v)))
 
 
 def at_the_edge(layout):
@@ -169,7 +170,7 @@ def at_the_edge(layout):
 @both_layouts
 def test_nan_and_the_edge_of_the_relu(layout):
     grad, o = at_the_edge(layout)
-    u, v = o.u, o.v
+    u, v = o.maps
     u[0, 1, 2, 3] = float('nan')
     o.gamma[3], o.beta[3], u[1, 3], v[1, 3] = 2., 1., 0.5, -2.  # y is 0
     actual = merge(grad, o)
@@ -184,7 +185,8 @@ def test_nan_and_the_edge_of_the_relu(layout):
 @both_layouts
 def test_the_masks_of_forward_and_backward_agree(layout):
     grad, o = at_the_edge(layout)
-    actual = merge(grad, o._replace(v=-o.gamma[:, None, None] * o.u + 1e-7 * o.v))  # sums cancel to their rounding
+    u, v = o.maps
+    actual = merge(grad, o._replace(maps=(u, -o.gamma[:, None, None] * u + 1e-7 * v)))  # sums cancel to their rounding
     y = actual['y']
     assert (y >= 0).all() and torch.equal(y > 0, actual['u'] > 0) and torch.equal(y > 0, actual['v'] > 0)
     assert 0.1 < (y > 0).float().mean() < 0.9

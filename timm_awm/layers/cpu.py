@@ -73,8 +73,9 @@ def _in_format_of(first: Tensor, x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.contiguous_format if first.is_contiguous() else torch.channels_last)
 
 
-def _dense_maps(o: Operands) -> Tuple[Tensor, Optional[Tensor]]:
-    return _in_format_of(o.u, o.u), None if o.v is None else _in_format_of(o.u, o.v)
+def _dense_maps(operands: Operands) -> Tuple[Tensor, Optional[Tensor]]:
+    u, v = operands.u_and_v()
+    return _in_format_of(u, u), v if v is None else _in_format_of(u, v)
 
 
 def _call(
@@ -82,13 +83,13 @@ def _call(
         results: Sequence[Optional[Tensor]],
 ) -> None:
     """Calls the library's function with the operands and more tensors."""
-    o, widths = operands, operands.widths or 2 * (u.shape[1],)
+    o, channels = operands, operands.channels()
     inputs = [u, v, *[
         x if x is None else x.contiguous()
         for x in (o.weight1, o.weight2, o.gamma, o.beta, o.running_mean, o.running_var)], *more]
     sizes = (
         *u.shape[:2], u.shape[2] * u.shape[3], not u.is_contiguous(), torch.get_num_threads(), o.relu, len(o.weight1),
-        len(widths), *widths)
+        len(channels), *channels)
     getattr(_library(u.dtype), name)(
         ctypes.c_double(o.eps), (ctypes.c_int64 * len(sizes))(*sizes), _addresses(inputs), _addresses(results))
 

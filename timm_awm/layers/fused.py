@@ -118,13 +118,17 @@ def _update_running(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor, count: int)
 
 
 class _FusedMerge(Function):
-    """The fused merge on CPUs, and the mean and the variance that BatchNorm uses."""
+    """The fused merge on CPUs, and the mean and the variance that BatchNorm uses.
+
+    Of a concatenation it keeps the maps, which many merges share, and concatenates them again to go backward.
+    """
 
     @staticmethod
-    def forward(ctx: Any, *values: Any) -> Tuple[Tensor, Tensor]:
-        y, saved, stats = cpu.merge(Operands(*values))
-        ctx.options, tensors = values[:3], values[3:]
-        ctx.save_for_backward(saved, *tensors)
+    def forward(ctx: Any, *flat: Any) -> Tuple[Tensor, Tensor]:
+        operands = Operands.of(*flat)
+        ctx.options = operands.is_sum, operands.eps, operands.relu
+        y, saved, stats = cpu.merge(operands)
+        ctx.save_for_backward(saved, *flat[len(ctx.options):])
         ctx.mark_non_differentiable(stats)
         return y, stats
 
@@ -132,19 +136,21 @@ class _FusedMerge(Function):
     def backward(ctx: Any, grad: Tensor, _: Any) -> Tuple[Optional[Tensor], ...]:
         results: Any
         saved, *tensors = ctx.saved_tensors
-        operands = Operands(*ctx.options, *tensors)
+        operands = Operands.of(*ctx.options, *tensors)
         create_graph = torch.is_grad_enabled()
         if create_graph or not has_memory(grad) or is_intercepted():
             # it is itself differentiated, or of a batch of gradients, or watched: autograd's, of the plain formula
             needed = ctx.needs_input_grad
             with torch.enable_grad():  # with respect to aliases: one input may be computed from another
-                aliases = Operands._make([x.view_as(x) if isinstance(x, Tensor) else x for x in operands])
-                inputs: Any = [x for x, need in zip(aliases, needed) if need]
+                flat = [x.view_as(x) if isinstance(x, Tensor) else x for x in operands.flat()]
+                y = formula(Operands.of(*flat))
                 results = iter(torch.autograd.grad(
-                    formula(aliases), inputs, grad, create_graph=create_graph, allow_unused=True))
+                    y, [x for x, need in zip(flat, needed) if need], grad, create_graph=create_graph,
+                    allow_unused=True))
             return tuple([next(results) if need else None for need in needed])
         grad_u, grad_v, *grads = cpu.merge_backward(grad, saved, operands)
-        return None, None, None, *grads, None, None, grad_u, grad_v
+        of_maps = grad_u.split(operands.channels(), dim=1) if grad_v is None else (grad_u, grad_v)
+        return *[None for _ in ctx.options], *grads, None, None, *of_maps
 
 
 @functools.lru_cache(maxsize=None)
@@ -175,21 +181,19 @@ def fuse(
         with torch._dynamo.config.patch(recompile_limit=64):  # a DenseNet has as many kinds of merges as layers
             return _compiled_tail()(merge.mix, list(maps), norm, act, is_sum)
     dtype = wide_dtype(first)
-    u, v = (maps[0], maps[1]) if is_sum else (torch.cat(list(maps), dim=1), None)
-    widths = () if is_sum else tuple([x.shape[1] for x in maps])
     of_norm: Any
     if norm is None:
-        ones = u.new_ones(u.shape[1], dtype=dtype)  # on its device, whatever the default
+        width = sum([x.shape[1] for x in maps[:1 if is_sum else None]])
+        ones = first.new_ones(width, dtype=dtype)  # on its device, whatever the default
         of_norm = ones, 0 * ones, 0 * ones, 1 * ones  # the identity
     else:
         buffers = norm._buffers
         running = (None, None) if norm.training else (buffers['running_mean'], buffers['running_var'])
         of_norm = norm._parameters['weight'], norm._parameters['bias'], *running
     weights = own['weight1'].to(dtype), own['weight2'].to(dtype)
-    eps = 0. if norm is None else norm.eps
-    operands = Operands._make((widths, eps, act is not None, *weights, *of_norm, u, v))
+    operands = Operands.of(is_sum, 0. if norm is None else norm.eps, act is not None, *weights, *of_norm, *maps)
     if torch.is_grad_enabled():
-        y, stats = _FusedMerge.apply(*operands)
+        y, stats = _FusedMerge.apply(*operands.flat())
     else:
         y, _, stats = cpu.merge(operands, overwrite=not is_sum or is_exactly(conv, nn.Conv2d))
     if norm is not None:

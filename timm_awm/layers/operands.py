@@ -1,6 +1,7 @@
 """The operands of a merge with the BatchNorm and the ReLU beside it, and its plain formula."""
-from typing import NamedTuple, Optional, Tuple
+from typing import Any, List, NamedTuple, Optional, Tuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -8,9 +9,9 @@ from .mixing import descriptors, mixing_logits, scaled_mixing_weights, weigh_con
 
 
 class Operands(NamedTuple):
-    """A sum normalises u, the branch, and merges it with v, the shortcut. A concatenation weighs the maps side by side
-    in u, and normalises the result. Weights are float32, float64 for float64 maps."""
-    widths: Tuple[int, ...]  # channels of each map in a concatenation; empty for a sum
+    """A sum normalises its first map, the branch, and merges it with the second. A concatenation merges all maps and
+    normalises the result. Weights are float32, float64 for float64 maps."""
+    is_sum: bool
     eps: float
     relu: bool  # whether one comes last
     weight1: Tensor  # W1, (hidden, features)
@@ -19,8 +20,24 @@ class Operands(NamedTuple):
     beta: Tensor
     running_mean: Optional[Tensor]  # None, as running_var, if BatchNorm uses the batch's statistics
     running_var: Optional[Tensor]
-    u: Tensor  # (batch, channels, height, width)
-    v: Optional[Tensor]  # as u; None for a concatenation
+    maps: Tuple[Tensor, ...]  # (batch, channels[i], height, width)
+
+    @classmethod
+    def of(cls, *values: Any) -> 'Operands':
+        """Operands from what `flat` returns."""
+        others = len(cls._fields) - 1
+        return cls._make((*values[:others], values[others:]))
+
+    def flat(self) -> Tuple[Any, ...]:
+        """The fields as one tuple, each map by itself, as autograd needs them."""
+        return *self[:-1], *self.maps
+
+    def channels(self) -> List[int]:
+        return [x.shape[1] for x in self.maps]
+
+    def u_and_v(self) -> Tuple[Tensor, Optional[Tensor]]:
+        """Branch and shortcut; of a concatenation the whole and None."""
+        return (self.maps[0], self.maps[1]) if self.is_sum else (torch.cat(self.maps, dim=1), None)
 
 
 def formula(o: Operands) -> Tensor:
@@ -28,7 +45,7 @@ def formula(o: Operands) -> Tensor:
     def norm(x: Tensor) -> Tensor:
         return F.batch_norm(x, o.running_mean, o.running_var, o.gamma, o.beta, o.running_mean is None, eps=o.eps)
 
-    maps = list(o.u.split(o.widths, dim=1)) if o.v is None else [norm(o.u), o.v]
+    maps = [norm(o.maps[0]), o.maps[1]] if o.is_sum else list(o.maps)
     scales = scaled_mixing_weights(mixing_logits(descriptors(maps), o.weight1, o.weight2))
-    y = norm(weigh_concat(scales, maps)) if o.v is None else weigh_sum(scales, *maps)
+    y = weigh_sum(scales, *maps) if o.is_sum else norm(weigh_concat(scales, maps))
     return y.relu() if o.relu else y
