@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import List, Optional
 
 COMMANDS = dict(
-    demo='demo', models='models', recipes='recipes', train='train', validate='script', benchmark='script',
+    demo='demo', models='models', recipes='recipes', train='train', validate='validate', benchmark='validate',
     compare='compare', analyze='analyze', explore='explore', export='export', push='push')
 
 

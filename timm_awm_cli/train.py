@@ -8,7 +8,7 @@ from typing import Any, Dict, Mapping, Sequence
 import yaml
 
 from . import scripts
-from .script import describe, given_flags
+from .validate import describe, given_flags
 
 TAKES_REST = True
 
