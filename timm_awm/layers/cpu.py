@@ -61,7 +61,8 @@ def merge(operands: Operands, overwrite: bool = False) -> Tuple[Tensor, Tensor, 
 def merge_backward(grad: Tensor, saved: Tensor, operands: Operands) -> Tuple[Any, ...]:
     """The gradients of u, v (None without v), weight1, weight2, gamma and beta, from that of the result."""
     u, v = _dense_maps(operands)
-    of_maps = torch.empty_like(u), None if v is None else torch.empty_like(u)
+    # a concatenation was made just now, and its gradient may take its place
+    of_maps = (u, None) if v is None else (torch.empty_like(u), torch.empty_like(u))
     parameters = operands.weight1, operands.weight2, operands.gamma, operands.beta
     of_parameters = [x.new_zeros(x.shape) for x in parameters]
     _call('merge_backward', operands, u, v, (saved, _in_format_of(u, grad.resolve_neg())), (*of_maps, *of_parameters))
