@@ -31,8 +31,7 @@ RUNS = HUB / 'results'
 OUTPUT = HUB.parent / 'output' / 'train'  # of train.py
 CSV = RUNS / 'results.csv'
 BENCHMARK = HUB / 'benchmark-cpu-bfloat16.csv'  # as the runs were trained
-# of timm-awm compare, in the order of the table
-COMPARED = {'plain': ' awm=False', 'joint': '', 'SE': ' awm=False attn_layer=se'}
+COMPARED = {'plain': ' awm=False', 'joint': '', 'SE': ' awm=False attn_layer=se'}  # as timm-awm compare names them
 # arguments that say where a run was made, and nothing about its result
 MACHINE = {
     'dataset', 'data_dir', 'device', 'device_modules', 'experiment', 'no_prefetcher', 'output', 'pin_mem', 'resume',
@@ -257,13 +256,14 @@ def against_se(rows: List[Dict[str, Any]]) -> str:
         speeds = {(line['model'], line['phase'], line['mode']): line['ratio'] for line in csv.DictReader(file)}
     cells = []
     for (data, model, _, _, epochs), kinds in group(rows).items():
-        for kind, options in COMPARED.items() if 'SE' in kinds else ():
-            runs = kinds.get(kind, {})
+        for kind, runs in kinds.items() if 'SE' in kinds else ():
+            if kind not in COMPARED:
+                continue
             cells.append((
                 f'{NETWORKS[model]} on {DATA[data]}, {epochs} epochs', kind, len(runs), errors(runs),
                 *(difference(runs, kinds.get(other, {})) if kind != other else '' for other in ('plain', 'SE')),
-                *{f'{r["param_count"]:.2f}' for r in runs.values()},
-                f'{float(speeds[model + options, "joint" if kind == "joint" else "", "train"]):.2f}'))
+                f'{next(iter(runs.values()))["param_count"]:.2f}',
+                f'{float(speeds[model + COMPARED[kind], "joint" if kind == "joint" else "", "train"]):.2f}'))
     return lines(
         '| network and data | trained | n | test error, % | difference from plain | from SE | parameters, M | '
         'training images/s, plain = 1 |', cells, 2)

@@ -58,10 +58,9 @@ def test_speed_tables_are_those_of_the_benchmark():
 def test_the_table_of_what_merges_do_is_that_of_the_analysis():
     models = json.loads((HUB / 'figures' / 'summary.json').read_text())['models'].values()
     rows = re.findall(r'^\| [^|]+ \| ([\d.]+)(?: %)? \| ([\d.]+)(?: %)? \|$', (HUB / 'README.md').read_text(), re.M)
-    assert len(rows) == 5
-    for m, column in zip(models, zip(*rows), strict=True):
-        values = [m['top1'], m['ablation']['constant'], m['ablation']['all'], 100 * m['between_class_share']]
-        values += m['cumulative_match']['mixing_weights'][:1]
+    for m, column in zip(models, zip(*rows), strict=True):  # without a row an error
+        values = [m['top1'], m['ablation']['constant'], m['ablation']['all'], 100 * m['between_class_share'],
+                  m['cumulative_match']['mixing_weights'][0]]
         assert column == tuple(f'{x:.{n}f}' for x, n in zip(values, (2, 2, 2, 1, 1)))
 
 
