@@ -437,4 +437,4 @@ def test_the_missing_extra_is_named(world, tmp_path, capsys, monkeypatch, missin
     monkeypatch.delattr(timm_awm, 'analysis')
     monkeypatch.setitem(sys.modules, missing, None)
     assert analyze(world, tmp_path / 'out', '--dataset', 'hfds/nothing') == 1
-    assert f'the analysis needs {missing}: pip install ".[{extra}]"' in capsys.readouterr().err
+    assert f'This needs {missing}: pip install ".[{extra}]"' in capsys.readouterr().err

@@ -107,12 +107,12 @@ def test_merge_and_its_gradients(shape, layout):
 
 @both_layouts
 @both_kinds
-@pytest.mark.parametrize('shape', [(2, 130, 15, 15), (4, 2048, 2, 2)], ids=str)
-def test_several_threads(shape, kind, layout):
-    """Bands of channels, where there are fewer images than threads; many images or channels for the small layers."""
+@pytest.mark.parametrize('shape, training', [((2, 130, 15, 15), True), ((4, 2048, 2, 2), True), ((7, 99, 8, 8), False)])
+def test_several_threads(shape, training, kind, layout):
+    """Bands of channels, where images are fewer than threads; many channels for the small layers; images in parts."""
     torch.set_num_threads(3)
     try:
-        check(*operands(shape, kind, relu=False, layout=layout))
+        check(*operands(shape, kind, training, relu=False, layout=layout))
     finally:
         torch.set_num_threads(1)
 

@@ -46,10 +46,5 @@ def run(args: argparse.Namespace) -> None:
     if not args.dataset and not (args.data_dir and os.path.exists(args.data_dir)):
         where = f'There is no folder {args.data_dir}' if args.data_dir else 'No data are named'
         raise FileNotFoundError(f'{where}: give --data-dir FOLDER, or --dataset hfds/OWNER/NAME.')
-    try:
-        from timm_awm import analysis
-        analysis.analyze(**{key: value for key, value in vars(args).items() if key != 'command'})
-    except ModuleNotFoundError as error:
-        extra = 'data' if error.name == 'datasets' else 'analysis'
-        raise RuntimeError(
-            f'the analysis needs {error.name}: pip install ".[{extra}]", as the README says') from error
+    from timm_awm import analysis
+    analysis.analyze(**{key: value for key, value in vars(args).items() if key != 'command'})

@@ -18,8 +18,5 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    try:
-        from timm_awm import demo
-    except ModuleNotFoundError as error:
-        raise RuntimeError(f'the demo needs {error.name}: pip install ".[demo]", as the README says') from error
+    from timm_awm import demo
     demo.run(args.output, epochs=args.epochs, period=args.period)

@@ -21,8 +21,5 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    try:
-        from timm_awm.explore import explore
-    except ModuleNotFoundError as error:
-        raise RuntimeError(f'the page needs {error.name}: pip install ".[explore]", as the README says') from error
+    from timm_awm.explore import explore
     explore(args.models, args.host, args.port)

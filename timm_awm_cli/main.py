@@ -53,6 +53,10 @@ def main(args: Optional[List[str]] = None) -> int:
     except KeyboardInterrupt:
         print('Interrupted.', file=sys.stderr)
         return 130
+    except ModuleNotFoundError as error:
+        extra = 'data' if error.name == 'datasets' else 'analysis' if parsed.command == 'analyze' else parsed.command
+        print(f'This needs {error.name}: pip install ".[{extra}]", as the README says.', file=sys.stderr)
+        return 1
     except (ImportError, OSError, OverflowError, RuntimeError, ValueError) as error:
         print(f'timm-awm: {error}', file=sys.stderr)
         return 1

@@ -44,13 +44,8 @@ class ImageData:
         self.config = resolve_input_data_config(model)
         try:
             images: Any = create_dataset(
-                dataset,
-                root=data_dir and str(data_dir),
-                split=split,
-                input_key=input_key,
-                target_key=target_key,
-                input_img_mode='RGB' if self.config['input_size'][0] == 3 else 'L',
-            )
+                dataset, root=data_dir and str(data_dir), split=split, input_key=input_key, target_key=target_key,
+                input_img_mode='RGB' if self.config['input_size'][0] == 3 else 'L')
             images[0]
             root = getattr(getattr(images, 'reader', None), 'root', None)
             if not dataset and str(root) == str(data_dir) and {'train', 'val', 'validation'} & set(os.listdir(root)):

@@ -85,20 +85,10 @@ def export_run(
         (partial / 'args.yaml').write_text(yaml.safe_dump(public), encoding='utf-8')
         shutil.copyfile(trained.folder / 'summary.csv', partial / 'summary.csv')
         write_folder(
-            model,
-            partial,
-            {},
-            cfg,
-            label_names or trained.label_names(model.num_classes),
-            args=public,
-            epoch=epoch,
-            weights=path.name + (', averaged (EMA)' if is_ema else ''),
-            data=data,
-            data_id=data_id,
-            measured=measured,
+            model, partial, {}, cfg, label_names or trained.label_names(model.num_classes), args=public, epoch=epoch,
+            weights=path.name + (', averaged (EMA)' if is_ema else ''), data=data, data_id=data_id, measured=measured,
             best=max((float(row['eval_top1']) for row in rows.values() if row.get('eval_top1')), default=None),
-            base_model=start.get('hf_hub_id'),
-        )
+            base_model=start.get('hf_hub_id'))
     hidden = [key for key, value in args.items() if value and public.get(key) != value]
     if hidden:
         print(f'Private, so left out of args.yaml or cut to the last part of a path: {", ".join(hidden)}.')

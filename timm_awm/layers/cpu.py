@@ -48,7 +48,8 @@ def merge(operands: Operands, overwrite: bool = False) -> Tuple[Tensor, Tensor, 
     """act(a · u + b · v + c), the coefficients a, b and c inferred from all maps; overwrite writes it over u.
 
     Returns:
-        The merged map; what `merge_backward` needs, (6, batch, channels); BatchNorm's mean and variance, (2, channels).
+        The merged map; what `merge_backward` needs, (6, batch, channels); the batch's mean and variance, (2, channels),
+        if BatchNorm uses them.
     """
     u, v = _dense_maps(operands)
     y = u if overwrite else torch.empty_like(u)
