@@ -29,7 +29,7 @@ def operands(shape, kind='sum', training=True, relu=True, dtype=torch.float32, l
     """A gradient, and what to compute from."""
     grad, u, v = maps(3, shape, dtype, layout)
     c = shape[1]
-    paths = (u, v) if kind == 'sum' else u.split([c - c // 2, c // 2], dim=1)
+    paths = (u, v) if kind == 'sum' else [x.contiguous(memory_format=layout) for x in u.split([c - c // 2, c // 2], 1)]
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     generator = torch.Generator().manual_seed(1)
     weight1, weight2, gamma, beta, mean, var = (
@@ -52,7 +52,7 @@ def merge(grad, o):
 
 def reference(grad, o):
     """The formulas of docs/method.md, with torch's BatchNorm, in float64: the result and the gradients."""
-    u, v = o.u_and_v()
+    u, v = o.maps if o.is_sum else (torch.cat(o.maps, dim=1), None)
     leaves = [x if x is None else x.double().requires_grad_()
               for x in (u, v, o.weight1, o.weight2, o.gamma, o.beta)]
     u, v, weight1, weight2, gamma, beta = leaves
@@ -75,7 +75,7 @@ def reference(grad, o):
 
 def check(grad, o):
     """Within the rounding of the widest terms, and once that of the maps' dtype; maps are laid out as the first."""
-    u = o.u_and_v()[0]
+    u = o.maps[0]
     layout = NCHW if u.is_contiguous() else NHWC
     unit = 2 ** -8 if u.dtype == torch.bfloat16 else 0
     actual = merge(grad, o)

@@ -55,9 +55,7 @@ def write_card(folder: Path, model: nn.Module, config: Mapping[str, Any], **run:
     ModelCard.from_template(
         card_data,
         template_str=TEMPLATE.read_text(encoding='utf-8'),
-        name=folder.name,
-        config=config,
-        cfg=config['pretrained_cfg'],
+        name=folder.name, config=config, cfg=config['pretrained_cfg'],
         base=config.get('model_args', {}).get('base'),
         counts=count_parameters(model),
         source=_source(),

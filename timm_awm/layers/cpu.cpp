@@ -198,16 +198,18 @@ struct Merge {
     const int64_t* sizes;
     const void* const* in;
     A* saved;  // a, b, c and the moments of the maps, (6, batch, C)
+    T* result;  // the merged map or the gradient of u; a concatenation is put together there
     const Shape s;  // of the images that this one merges
     const int64_t first = 0;  // number of the first of them
 
-    // sizes: batch, channels, pixels, channels last, threads, ReLU, hidden features, paths, channels of each path.
-    // in: u, v or null, W1, W2, gamma, beta, running mean and variance or null; backward then saved and the gradient
-    const bool relu = sizes[5];
-    const int64_t N = s.N, C = s.C, E = sizes[6], K = sizes[7], *channels = sizes + 8;
-    const T *u = map(in[0]), *v = in[1] ? map(in[1]) : nullptr;
-    const A *w1 = array(2), *w2 = array(3), *gamma = array(4), *beta = array(5);
-    const A *running_mean = array(6), *running_var = array(7);
+    // sizes: batch, channels, pixels, channels last, threads, ReLU, sum, hidden features, paths, channels of each path.
+    // in: W1, W2, gamma, beta, running mean and variance or null, saved, the gradient, paths
+    const bool relu = sizes[5], is_sum = sizes[6];
+    const int64_t N = s.N, C = s.C, E = sizes[7], K = sizes[8], *channels = sizes + 9;
+    T* y = result + first * C * s.P;
+    const T *u = is_sum ? path(0) : y, *v = is_sum ? path(1) : nullptr;
+    const A *w1 = array(0), *w2 = array(1), *gamma = array(2), *beta = array(3);
+    const A *running_mean = array(4), *running_var = array(5);
     const int64_t size = sizes[0] * C;
     A *a = saved + first * C, *b = a + size, *c = b + size, *mean = c + size, *var = mean + size, *other = var + size;
     const int64_t D = v ? 2 * C : C;  // features
@@ -221,7 +223,7 @@ struct Merge {
 
     const A* array(int i) const { return (const A*)in[i]; }
 
-    T* map(const void* start) const { return (T*)start + first * C * s.P; }
+    const T* path(int64_t k) const { return (const T*)in[8 + k] + first * channels[k] * s.P; }
 
     bool is_small() const { return N * D * E < 65536; }
 
@@ -249,14 +251,26 @@ struct Merge {
         v ? relu ? body(yes, yes) : body(yes, no) : relu ? body(no, yes) : body(no, no);
     }
 
-    void forward(T* y, A* stats) {
+    void concatenate() const {
+        const int64_t rows = N * (s.last ? s.P : 1), width = s.last ? 1 : s.P;
+        #pragma omp parallel for num_threads(s.useful_threads())
+        for (int64_t row = 0; row < rows; ++row) {
+            T* to = y + row * C * width;
+            for (int64_t k = 0; k < K; to += channels[k++] * width) {
+                std::memcpy(to, path(k) + row * channels[k] * width, channels[k] * width * sizeof(T));
+            }
+        }
+    }
+
+    void forward(A* stats) {
+        if (!v) concatenate();
         running_mean ? moments<false>(s, u, mean, nullptr) : moments<true>(s, u, mean, var);
         if (v) moments<false>(s, v, other, nullptr);
         infer();
         for_all([&](int64_t, int64_t j, int64_t i) { a[i] = w[i] * k[j], c[i] = v ? w[i] * t[j] : t[j]; });
         if (v) for_all([&](int64_t n, int64_t, int64_t i) { b[i] = scale[n * K + 1]; });
         if (!running_mean) std::copy(sigma2.begin(), sigma2.end(), std::copy(mu.begin(), mu.end(), stats));
-        with_constants([&](auto two, auto relu) { affine_act<two(), relu()>(map(y)); });
+        with_constants([&](auto two, auto relu) { affine_act<two(), relu()>(); });
     }
 
     // m and variance are those of what is normalised
@@ -322,8 +336,9 @@ struct Merge {
     }
 
     template <bool two, bool relu>
-    void affine_act(T* y) const {
-        for_rows<3, 1>(s, {a, two ? b : a, c}, {nullptr}, [=, u = u, v = two ? v : u](auto r, const A** in, A**) {
+    void affine_act() const {
+        for_rows<3, 1>(
+                s, {a, two ? b : a, c}, {nullptr}, [=, y = y, u = u, v = two ? v : u](auto r, const A** in, A**) {
             each(r, [=, a = in[0], b = in[1], c = in[2]](int64_t i, int64_t j) {
                 const A t = affine<two>(a[i], A(u[j]), b[i], A(v[j]), c[i]);
                 y[j] = relu && t <= 0 ? A(0) : t;  // NaN passes, as in torch
@@ -349,11 +364,10 @@ struct Merge {
 
     // a · ḡ + scale · u + shift and b · ḡ + shift_v
     template <bool two, bool relu>
-    void affine_act_grads(
-            const T* grad, const A* scale, const A* shift, const A* shift_v, T* grad_u, T* grad_v) const {
+    void affine_act_grads(const T* grad, const A* scale, const A* shift, const A* shift_v, T* grad_v) const {
         for_rows<6, 1>(
                 s, {a, two ? b : a, c, scale, shift, two ? shift_v : a}, {nullptr},
-                [=, u = u, v = two ? v : u](auto r, const A** in, A**) {
+                [=, grad_u = y, u = u, v = two ? v : u](auto r, const A** in, A**) {
             const A *a = in[0], *b = in[1], *c = in[2], *scale = in[3], *shift = in[4], *shift_v = in[5];
             each(r, [=](int64_t i, int64_t j) {
                 const A t = affine<two>(a[i], A(u[j]), b[i], A(v[j]), c[i]);
@@ -408,8 +422,8 @@ struct Merge {
     }
 
     // grad_w1 and grad_w2 start at zero.
-    void backward(
-            const T* grad, T* grad_u, T* grad_v, A* grad_w1, A* grad_w2, A* grad_gamma, A* grad_beta) {
+    void backward(const T* grad, T* grad_v, A* grad_w1, A* grad_w2, A* grad_gamma, A* grad_beta) {
+        if (!v) concatenate();
         Array grad_a(N * C), grad_b(N * C), grad_c(N * C);
         with_constants([&](auto two, auto relu) {
             affine_act_sums<two(), relu()>(grad, grad_a.data(), grad_b.data(), grad_c.data());
@@ -451,7 +465,7 @@ struct Merge {
             if (v) v_shift[i] = grad_z[n * D + C + c] / s.P;
         });
         with_constants([&](auto two, auto relu) {
-            affine_act_grads<two(), relu()>(grad, u_scale.data(), u_shift.data(), v_shift.data(), grad_u, grad_v);
+            affine_act_grads<two(), relu()>(grad, u_scale.data(), u_shift.data(), v_shift.data(), grad_v);
         });
     }
 };
@@ -461,9 +475,9 @@ static Shape shape(const int64_t* sizes) { return {sizes[0], sizes[1], sizes[2],
 extern "C" void merge(double eps, const int64_t* sizes, const void* const* in, void* const* out) {
     const Shape s = shape(sizes);
     const auto merge = [&](const Shape& part, int64_t first) {
-        Merge{A(eps), sizes, in, (A*)out[0], part, first}.forward((T*)out[1], (A*)out[2]);
+        Merge{A(eps), sizes, in, (A*)out[0], (T*)out[1], part, first}.forward((A*)out[2]);
     };
-    if (!in[6] || s.N < s.threads) return merge(s, 0);
+    if (!in[4] || s.N < s.threads) return merge(s, 0);
     // With running statistics images do not depend on each other: a few at a time, they stay in the cache.
     const int64_t few = std::min(s.N / s.threads, 1 + CACHED / int64_t(s.C * s.P * sizeof(T)));
     #pragma omp parallel for num_threads(s.useful_threads())
@@ -471,6 +485,6 @@ extern "C" void merge(double eps, const int64_t* sizes, const void* const* in, v
 }
 
 extern "C" void merge_backward(double eps, const int64_t* sizes, const void* const* in, void* const* out) {
-    Merge{A(eps), sizes, in, (A*)in[8], shape(sizes)}.backward(
-        (const T*)in[9], (T*)out[0], (T*)out[1], (A*)out[2], (A*)out[3], (A*)out[4], (A*)out[5]);
+    Merge{A(eps), sizes, in, (A*)in[6], (T*)out[0], shape(sizes)}.backward(
+        (const T*)in[7], (T*)out[1], (A*)out[2], (A*)out[3], (A*)out[4], (A*)out[5]);
 }

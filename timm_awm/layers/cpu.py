@@ -7,7 +7,7 @@ import ctypes
 import functools
 import logging
 from importlib.resources import files
-from typing import Any, Optional, Sequence, Tuple
+from typing import Any, List, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -51,48 +51,49 @@ def merge(operands: Operands, overwrite: bool = False) -> Tuple[Tensor, Tensor, 
         The merged map; what `merge_backward` needs, (6, batch, channels); the batch's mean and variance, (2, channels),
         if BatchNorm uses them.
     """
-    u, v = _dense_maps(operands)
-    y = u if overwrite else torch.empty_like(u)
-    saved = u.new_empty((6, *u.shape[:2]), dtype=wide_dtype(u))
-    stats = saved.new_empty(2, u.shape[1])
-    _call('merge', operands, u, v, (), (saved, y, stats))
+    maps = _dense(operands, operands.maps)
+    y = maps[0] if overwrite else _new_map(operands)
+    saved = y.new_empty((6, *y.shape[:2]), dtype=wide_dtype(y))
+    stats = saved.new_empty(2, y.shape[1])
+    _call('merge', operands, (None, None, *maps), (saved, y, stats))
     return y, saved, stats
 
 
 def merge_backward(grad: Tensor, saved: Tensor, operands: Operands) -> Tuple[Any, ...]:
     """The gradients of u, v (None without v), weight1, weight2, gamma and beta, from that of the result."""
-    u, v = _dense_maps(operands)
-    # a concatenation was made just now, and its gradient may take its place
-    of_maps = (u, None) if v is None else (torch.empty_like(u), torch.empty_like(u))
+    grad, *maps = _dense(operands, (grad.resolve_neg(), *operands.maps))
+    of_maps = _new_map(operands), _new_map(operands) if operands.is_sum else None
     parameters = operands.weight1, operands.weight2, operands.gamma, operands.beta
     of_parameters = [x.new_zeros(x.shape) for x in parameters]
-    _call('merge_backward', operands, u, v, (saved, _in_format_of(u, grad.resolve_neg())), (*of_maps, *of_parameters))
+    _call('merge_backward', operands, (saved, grad, *maps), (*of_maps, *of_parameters))
     return *of_maps, *of_parameters
 
 
-def _in_format_of(first: Tensor, x: Tensor) -> Tensor:
-    """x in the memory format of the first map, channels-last if that is neither."""
-    return x.contiguous(memory_format=torch.contiguous_format if first.is_contiguous() else torch.channels_last)
+def _memory_format(o: Operands) -> torch.memory_format:
+    """The memory format of the first map, channels-last if it has neither."""
+    return torch.contiguous_format if o.maps[0].is_contiguous() else torch.channels_last
 
 
-def _dense_maps(operands: Operands) -> Tuple[Tensor, Optional[Tensor]]:
-    u, v = operands.u_and_v()
-    return _in_format_of(u, u), v if v is None else _in_format_of(u, v)
+def _dense(o: Operands, maps: Sequence[Tensor]) -> List[Tensor]:
+    return [x.contiguous(memory_format=_memory_format(o)) for x in maps]
 
 
-def _call(
-        name: str, operands: Operands, u: Tensor, v: Optional[Tensor], more: Sequence[Tensor],
-        results: Sequence[Optional[Tensor]],
-) -> None:
-    """Calls the library's function with the operands and more tensors."""
-    o, channels = operands, operands.channels()
-    inputs = [u, v, *[
-        x if x is None else x.contiguous()
-        for x in (o.weight1, o.weight2, o.gamma, o.beta, o.running_mean, o.running_var)], *more]
+def _new_map(o: Operands) -> Tensor:
+    """Memory for the result."""
+    first = o.maps[0]
+    size = len(first), len(o.gamma), *first.shape[2:]
+    return torch.empty(size, dtype=first.dtype, device=first.device, memory_format=_memory_format(o))
+
+
+def _call(name: str, o: Operands, more: Sequence[Optional[Tensor]], results: Sequence[Optional[Tensor]]) -> None:
+    """Calls the library's function with the operands and more tensors, the maps last."""
+    first, channels = o.maps[0], o.channels()
+    parameters = o.weight1, o.weight2, o.gamma, o.beta, o.running_mean, o.running_var
+    inputs = [*[x if x is None else x.contiguous() for x in parameters], *more]
     sizes = (
-        *u.shape[:2], u.shape[2] * u.shape[3], not u.is_contiguous(), torch.get_num_threads(), o.relu, len(o.weight1),
-        len(channels), *channels)
-    getattr(_library(u.dtype), name)(
+        len(first), len(o.gamma), first.shape[2] * first.shape[3], not first.is_contiguous(), torch.get_num_threads(),
+        o.relu, o.is_sum, len(o.weight1), len(channels), *channels)
+    getattr(_library(first.dtype), name)(
         ctypes.c_double(o.eps), (ctypes.c_int64 * len(sizes))(*sizes), _addresses(inputs), _addresses(results))
 
 

@@ -195,7 +195,7 @@ def fuse(
     if torch.is_grad_enabled():
         y, stats = _FusedMerge.apply(*operands.flat())
     else:
-        y, _, stats = cpu.merge(operands, overwrite=not is_sum or is_exactly(conv, nn.Conv2d))
+        y, _, stats = cpu.merge(operands, overwrite=is_exactly(conv, nn.Conv2d))
     if norm is not None:
         _update_running(norm, stats[0], stats[1], len(y) * y.shape[2] * y.shape[3])
     return y

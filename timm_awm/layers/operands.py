@@ -1,7 +1,6 @@
 """The operands of a merge with the BatchNorm and the ReLU beside it, and its plain formula."""
 from typing import Any, List, NamedTuple, Optional, Tuple
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -34,10 +33,6 @@ class Operands(NamedTuple):
 
     def channels(self) -> List[int]:
         return [x.shape[1] for x in self.maps]
-
-    def u_and_v(self) -> Tuple[Tensor, Optional[Tensor]]:
-        """Branch and shortcut; of a concatenation the whole and None."""
-        return (self.maps[0], self.maps[1]) if self.is_sum else (torch.cat(self.maps, dim=1), None)
 
 
 def formula(o: Operands) -> Tensor:

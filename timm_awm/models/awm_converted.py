@@ -72,10 +72,5 @@ def awm_converted(pretrained: bool = False, base: str = 'resnet50', **kwargs: An
         raise ValueError(f'The base of {GENERIC} is the name of a plain ResNet or DenseNet of timm, not {base!r}.')
     if not kwargs.get('pretrained_cfg'):
         kwargs['pretrained_cfg'] = identity_cfg(get_pretrained_cfg(base), GENERIC).to_dict()
-    return create_awm_model(
-        GENERIC,
-        model_entrypoint(name),
-        pretrained,
-        feature_cfg=dict(flatten_sequential=True) if is_model_in_modules(name, ('densenet',)) else {},
-        **kwargs,
-    )
+    feature_cfg = dict(flatten_sequential=True) if is_model_in_modules(name, ('densenet',)) else {}
+    return create_awm_model(GENERIC, model_entrypoint(name), pretrained, feature_cfg=feature_cfg, **kwargs)
