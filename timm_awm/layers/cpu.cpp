@@ -5,7 +5,9 @@
 // and rounded once.
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC optimize("tree-loop-vectorize")  // torch.compile, which vectorises by itself, switches it off
-#pragma GCC target("prefer-vector-width=512")  // of AVX-512; by default 256, half as fast for bfloat16
+#ifdef __AVX512F__
+#pragma GCC target("prefer-vector-width=512")  // the default, 256, is half as fast for bfloat16
+#endif
 #endif
 #include <algorithm>
 #include <cmath>
