@@ -118,13 +118,16 @@ def test_low_precision_maps_are_rounded_once():
         assert ((out.float() - exact).abs() <= 2 ** -8 * exact.abs() + 1e-7).all()  # half a unit in the last place
 
 
-def test_another_number_of_maps_or_channels_is_refused():
+def test_maps_that_do_not_fit_are_refused():
     x = torch.randn(2, 6, 3, 3)
     with pytest.raises(ValueError, match='Got 4 maps for a merge of 2 paths'):
         ConcatMerge([12, 12])([x] * 4)  # as many channels in all
     for call in (lambda: SumMerge(8)(x, x), lambda: ConcatMerge([8, 8])([x, x])):
         with pytest.raises(ValueError, match='12 channels together, but the merge was made for 16: SumMerge'):
             call()
+    for other in (torch.randn(2, 6, 4, 3), torch.randn(1, 6, 3, 3)):
+        with pytest.raises(RuntimeError, match='must match'):
+            ConcatMerge([6, 6])([x, other])
 
 
 def test_reset_parameters_returns_to_the_identity():
@@ -189,8 +192,7 @@ def test_record_mixing_weights(kind, tmp_path):
         out, lambdas = recorded(model, x)
         assert list(lambdas) == ['merge', 'cat']
         branch = net.conv(x)
-        torch.testing.assert_close(
-            lambdas['merge'], reference_lambda(net.merge.mix, [branch, F.relu(branch)]).float())
+        torch.testing.assert_close(lambdas['merge'], reference_lambda(net.merge.mix, [branch, F.relu(branch)]).float())
         assert lambdas['cat'].shape == (2, 3)
         torch.testing.assert_close(lambdas['cat'].sum(1), torch.ones(2))
         torch.testing.assert_close(out, before)

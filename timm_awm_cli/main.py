@@ -1,8 +1,8 @@
 """Finds the command and runs it.
 
 The file of a command has HELP, a line; add_arguments(parser); and run(args), which imports what it needs. It raises
-OSError, OverflowError, RuntimeError or ValueError with a message for the user. If it has TAKES_REST, what the parser
-does not know is passed on as args.rest.
+ImportError, OSError, OverflowError, RuntimeError or ValueError with a message for the user. If it has TAKES_REST, what
+the parser does not know is passed on as args.rest.
 """
 import argparse
 import importlib
@@ -17,6 +17,7 @@ from typing import List, Optional
 COMMANDS = dict(
     demo='demo', models='models', recipes='recipes', train='train', validate='validate', benchmark='validate',
     compare='compare', analyze='analyze', explore='explore', export='export', push='push')
+EXTRAS = dict(demo='demo', analyze='analysis', explore='explore')
 
 
 def main(args: Optional[List[str]] = None) -> int:
@@ -53,12 +54,11 @@ def main(args: Optional[List[str]] = None) -> int:
     except KeyboardInterrupt:
         print('Interrupted.', file=sys.stderr)
         return 130
-    except ModuleNotFoundError as error:
-        extra = 'data' if error.name == 'datasets' else 'analysis' if parsed.command == 'analyze' else parsed.command
-        print(f'This needs {error.name}: pip install ".[{extra}]", as the README says.', file=sys.stderr)
-        return 1
     except (ImportError, OSError, OverflowError, RuntimeError, ValueError) as error:
         print(f'timm-awm: {error}', file=sys.stderr)
+        extra = 'data' if getattr(error, 'name', None) == 'datasets' else EXTRAS.get(parsed.command)
+        if extra and isinstance(error, ModuleNotFoundError):
+            print(f'The extra brings it: pip install ".[{extra}]", as the README says.', file=sys.stderr)
         return 1
     return 0
 

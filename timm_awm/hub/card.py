@@ -43,14 +43,9 @@ def write_card(folder: Path, model: nn.Module, config: Mapping[str, Any], **run:
         metrics=['accuracy'] if measured else None,
         eval_results=[
             EvalResult(
-                task_type='image-classification',
-                dataset_type=data_id or run['data'],
-                dataset_name=run['data'],
-                dataset_split=m['split'],
-                metric_type='accuracy',
-                metric_name='Top-1 accuracy, %',
-                metric_value=round(m['top1'], 2),
-            ) for m in measured] if measured else None,
+                task_type='image-classification', dataset_type=data_id or run['data'], dataset_name=run['data'],
+                dataset_split=m['split'], metric_type='accuracy', metric_name='Top-1 accuracy, %',
+                metric_value=round(m['top1'], 2)) for m in measured] if measured else None,
     )
     ModelCard.from_template(
         card_data,

@@ -45,11 +45,11 @@ def is_available(dtype: torch.dtype) -> bool:
 
 
 def merge(operands: Operands, overwrite: bool = False) -> Tuple[Tensor, Tensor, Tensor]:
-    """act(a · u + b · v + c), the coefficients a, b and c inferred from all maps; overwrite writes it over u.
+    """act(a · u + b · v + c), the coefficients a, b and c inferred from all maps; overwrite writes a sum over u.
 
     Returns:
         The merged map; what `merge_backward` needs, (6, batch, channels); the batch's mean and variance, (2, channels),
-        if BatchNorm uses them.
+        undefined if BatchNorm has running ones.
     """
     maps = _dense(operands, operands.maps)
     y = maps[0] if overwrite else _new_map(operands)
@@ -70,8 +70,9 @@ def merge_backward(grad: Tensor, saved: Tensor, operands: Operands) -> Tuple[Any
 
 
 def _memory_format(o: Operands) -> torch.memory_format:
-    """The memory format of the first map, channels-last if it has neither."""
-    return torch.contiguous_format if o.maps[0].is_contiguous() else torch.channels_last
+    """The memory format of the first map, or that which it is a part of."""
+    first = o.maps[0]
+    return torch.contiguous_format if first.is_contiguous() or first.stride(1) != 1 else torch.channels_last
 
 
 def _dense(o: Operands, maps: Sequence[Tensor]) -> List[Tensor]:
@@ -88,11 +89,12 @@ def _new_map(o: Operands) -> Tensor:
 def _call(name: str, o: Operands, more: Sequence[Optional[Tensor]], results: Sequence[Optional[Tensor]]) -> None:
     """Calls the library's function with the operands and more tensors, the maps last."""
     first, channels = o.maps[0], o.channels()
+    pixels = first.shape[2] * first.shape[3]
     parameters = o.weight1, o.weight2, o.gamma, o.beta, o.running_mean, o.running_var
     inputs = [*[x if x is None else x.contiguous() for x in parameters], *more]
     sizes = (
-        len(first), len(o.gamma), first.shape[2] * first.shape[3], not first.is_contiguous(), torch.get_num_threads(),
-        o.relu, o.is_sum, len(o.weight1), len(channels), *channels)
+        len(first), len(o.gamma), pixels, pixels == 1 or _memory_format(o) == torch.channels_last,
+        torch.get_num_threads(), o.relu, o.is_sum, len(o.weight1), len(channels), *channels)
     getattr(_library(first.dtype), name)(
         ctypes.c_double(o.eps), (ctypes.c_int64 * len(sizes))(*sizes), _addresses(inputs), _addresses(results))
 

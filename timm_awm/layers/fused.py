@@ -74,7 +74,7 @@ def _can_fuse(
     for x in maps:  # before anything is asked that a proxy of torch.fx cannot answer
         if (
                 type(x) is not Tensor or x.layout != torch.strided or x.dtype != dtype or x.device != device
-                or x.dim() != 4 or x.is_neg()
+                or x.dim() != 4 or x.is_neg() or len(x) != len(first) or x.shape[2:] != first.shape[2:]
         ):
             return False
     if first.numel() == 0 or is_sum and maps[1].shape != first.shape or is_intercepted():
@@ -118,7 +118,7 @@ def _update_running(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor, count: int)
 
 
 class _FusedMerge(Function):
-    """The fused merge on CPUs, and the mean and the variance that BatchNorm uses.
+    """The fused merge on CPUs, and what `cpu.merge` returns last.
 
     Of a concatenation it keeps the maps, which many merges share, and concatenates them again to go backward.
     """
