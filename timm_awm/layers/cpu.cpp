@@ -6,7 +6,7 @@
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC optimize("tree-loop-vectorize")  // torch.compile, which vectorises by itself, switches it off
 #ifdef __AVX512F__
-#pragma GCC target("prefer-vector-width=512")  // for bfloat16 twice as fast as its 256, on a Xeon of 2023
+#pragma GCC target("prefer-vector-width=512")  // its default is 256: on a Xeon half as fast for bfloat16
 #endif
 #endif
 #include <algorithm>
@@ -53,7 +53,7 @@ template <int64_t n>
 using Constant = std::integral_constant<int64_t, n>;
 
 constexpr int64_t CAP = 640;  // lanes of a row of several pixels
-constexpr int64_t CACHED = 200'000;  // bytes of a map, beside one image, that are to stay in a core's cache
+constexpr int64_t CACHED = 200'000;  // bytes of a map that are merged at a time, beside one image: a cache holds them
 constexpr int64_t BLOCK = 128;  // rows that are summed up by themselves, for errors grow with their number
 
 // Rows of lanes in a map, from an offset on. The compiler unrolls lanes that are a Constant.
