@@ -38,19 +38,6 @@ def test_csv_and_tables_are_those_of_the_runs():
         assert [line for line in RESULTS[name](rows).splitlines() if line not in lines] == []
 
 
-def test_accuracies_in_the_table_of_models_are_those_of_the_runs():
-    cells = re.findall(
-        r'^\| `(awm_\w+)`.* \| ([\d.]+) / ([\d.]+) % \((\d+) epochs, n = (\d+)\)',
-        (HUB.parent / 'README.md').read_text(), re.M)
-    assert cells
-    for model, *stated, epochs, n in cells:
-        of_model = [
-            row for row in RESULTS['rows']()
-            if (row['data'], row['model'], row['start'], row['epochs']) == ('cifar10', model, '', int(epochs))]
-        kinds = ([row['top1'] for row in of_model if row['setting'] == kind] for kind in ('plain', 'joint'))
-        assert [(len(runs), f'{statistics.mean(runs):.2f}') for runs in kinds] == [(int(n), mean) for mean in stated]
-
-
 def test_speed_tables_are_those_of_the_benchmark():
     """Each row of the two tables, cell by cell."""
     readme, speed = ((HUB.parent / name).read_text() for name in ('README.md', 'docs/speed.md'))
